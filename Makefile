@@ -1,0 +1,37 @@
+# `make demo` and `make test` need only Python >= 3.11 with venv, and gcc.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/user
+	$(BIN)/organfast demo -o demo
+
+test: $(VENV)/dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/pip install --quiet --editable '.[peers]'
+	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-only
+	$(BIN)/organfast bench
+
+clean:
+	rm -rf $(VENV) build demo organfast.egg-info organfast/kernels/*.so organfast/kernels/*.c
+
+SOURCES := pyproject.toml setup.py $(wildcard organfast/kernels/*.pyx organfast/kernels/*.h)
+
+$(VENV)/user: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/user
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,181 @@
+"""Where training blocks come from: balanced positions of labelled voxels, patients kept apart.
+
+The seed took 500-1000 random blocks per class and patient. So does this module, and it keeps the
+blocks of one patient on one side of every split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.errors import InputError
+
+__all__ = ["Split", "sample_positions", "split_patients"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Patients by what they are used for; each patient stands in one list only.
+
+    Parameters
+    ----------
+    train : tuple of str
+        Patients the classifier learns from.
+    validation : tuple of str
+        Patients that settings may be chosen on.
+    test : tuple of str
+        Patients that only the final score is measured on.
+
+    Raises
+    ------
+    ValueError
+        A patient stands in two lists, or nobody is left to train on.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        everyone = [*self.train, *self.validation, *self.test]
+        twice = sorted({p for p in everyone if everyone.count(p) > 1})
+        if twice:
+            raise ValueError(f"patient {twice[0]} stands twice in the split")
+        if not self.train:
+            raise ValueError("the split leaves no patient to train on")
+
+    @staticmethod
+    def read(path: str | PathLike[str]) -> Split:
+        """Read ``{"train": [...], "validation": [...], "test": [...]}``.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read, or is not such a split.
+        """
+        remedy = 'give JSON such as {"train": ["p1", "p2"], "validation": [], "test": ["p3"]}'
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(path, f"cannot be read as JSON ({error})", remedy) from None
+        if not isinstance(content, dict) or not set(content) <= {"train", "validation", "test"}:
+            raise InputError(path, "is not a split of patients", remedy)
+        lists = {use: names for use, names in content.items()}
+        if not all(
+            isinstance(names, list) and all(isinstance(n, str) for n in names)
+            for names in lists.values()
+        ):
+            raise InputError(path, "is not a split of patients", remedy)
+        try:
+            return Split(**{"train": (), **{use: tuple(names) for use, names in lists.items()}})
+        except ValueError as error:
+            raise InputError(path, str(error), remedy) from None
+
+    def text(self) -> str:
+        """The split as JSON, ready to be written and given back with :meth:`read`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def check(self, patients: Iterable[str]) -> None:
+        """Raise ValueError when the split names a patient that is not among ``patients``."""
+        missing = {*self.train, *self.validation, *self.test} - set(patients)
+        if missing:
+            raise ValueError(f"the split names patient {min(missing)}, who is not in the dataset")
+
+
+def split_patients(patients: Iterable[str], seed: int = 0) -> Split:
+    """Split patients at random: a fifth to validate and a fifth to test, when there are enough.
+
+    With two patients or fewer all of them train; with three or four one of them is tested on.
+
+    Parameters
+    ----------
+    patients : iterable of str
+        Patient ids; repeats (several scans of one patient) count once.
+    seed : int
+        Seed of the shuffle. The same patients in any order give the same split.
+
+    >>> split = split_patients(["a", "b", "c", "d", "e"])
+    >>> len(split.train), len(split.validation), len(split.test)
+    (3, 1, 1)
+    """
+    everyone = sorted(set(patients))
+    shuffled = [everyone[i] for i in np.random.default_rng(seed).permutation(len(everyone))]
+    n = len(everyone)
+    n_test = 0 if n < 3 else max(1, n // 5)
+    n_validation = 0 if n < 5 else max(1, n // 5)
+    return Split(
+        train=tuple(sorted(shuffled[n_test + n_validation :])),
+        validation=tuple(sorted(shuffled[n_test : n_test + n_validation])),
+        test=tuple(sorted(shuffled[:n_test])),
+    )
+
+
+def sample_positions(
+    labels: NDArray[np.unsignedinteger],
+    wanted: Sequence[int],
+    n_per_class: int,
+    seed: int | Sequence[int],
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Up to ``n_per_class`` random voxels of each wanted label, drawn without replacement.
+
+    Parameters
+    ----------
+    labels : (K, R, C) unsigned int
+        Label map on the model grid, any memory order.
+    wanted : sequence of int
+        Labels to draw from; others are passed over.
+    n_per_class : int
+        Most positions per label; a label with fewer voxels gives all it has.
+    seed : int or sequence of int
+        Seed of ``numpy.random.default_rng``.
+
+    Returns
+    -------
+    positions : (n, 3) int32
+        (k, i, j), by ascending label, then in memory order of (k, i, j).
+    classes : (n,) int64
+        The label of each position.
+    """
+    if n_per_class < 1:
+        raise ValueError(f"n_per_class is {n_per_class}; draw at least one position per class")
+    rng = np.random.default_rng(seed)
+    n_labels = max(wanted, default=0) + 1
+    counts = np.stack([_counts(labels_slice, n_labels) for labels_slice in labels])
+    positions, classes = [np.empty((0, 3), np.int32)], [np.empty(0, np.int64)]
+    for label in sorted(wanted):
+        total = int(counts[:, label].sum())
+        ranks = np.sort(rng.choice(total, min(n_per_class, total), replace=False))
+        found = _voxels_of_rank(labels, label, counts[:, label], ranks)
+        positions.append(found)
+        classes.append(np.full(len(found), label, np.int64))
+    return np.concatenate(positions), np.concatenate(classes)
+
+
+def _counts(labels_slice: NDArray[np.unsignedinteger], n_labels: int) -> NDArray[np.int64]:
+    counts: NDArray[np.int64] = np.bincount(labels_slice.ravel(), minlength=n_labels)[:n_labels]
+    return counts
+
+
+def _voxels_of_rank(
+    labels: NDArray[np.unsignedinteger],
+    label: int,
+    counts: NDArray[np.int64],
+    ranks: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """(k, i, j) of the voxels that are the ``ranks``-th with this label, slice after slice."""
+    ends = np.cumsum(counts)
+    slices = np.searchsorted(ends, ranks, side="right")
+    found = np.empty((len(ranks), 3), np.int32)
+    for k in np.unique(slices):
+        chosen = slices == k
+        rows, columns = np.nonzero(labels[k] == label)
+        local = ranks[chosen] - (ends[k] - counts[k])
+        found[chosen] = np.stack([np.full(len(local), k), rows[local], columns[local]], axis=1)
+    return found
