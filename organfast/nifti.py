@@ -1,0 +1,885 @@
+"""NIfTI files in and out. The only module that imports nibabel.
+
+Reading is one pass with a size budget::
+
+    file ──(gunzip)──> header ──> does the file hold what the header declares? ──> one int16 array
+                                  no: refused before memory is allocated          chunk by chunk
+
+A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Whether a file is compressed is
+seen from its first bytes, not from its name. nibabel parses the header; the voxels are read here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from isal import igzip, isal_zlib
+from numpy.typing import NDArray
+
+from organfast.errors import InputError
+from organfast.volume import AIR_HU, Volume
+
+__all__ = [
+    "Geometry",
+    "Scan",
+    "as_scan",
+    "file_digest",
+    "from_nifti1image",
+    "read_geometry",
+    "read_labels",
+    "read_scan",
+    "read_volume",
+    "write_labels",
+    "write_probability",
+    "write_volume",
+]
+
+StrPath = str | PathLike[str]
+
+# Deflate cannot do better than 258 bytes from 2 bits (zlib's technical notes: 1032:1).
+_DEFLATE_RATIO = 1032
+_DAMAGED: tuple[type[Exception], ...] = (
+    gzip.BadGzipFile,
+    isal_zlib.error,  # type: ignore[assignment]  # its stub calls the class an instance
+)
+_GZIP_MAGIC = b"\x1f\x8b"
+# Voxels per chunk: 1 MB of int16 stays in cache between gunzip and the range check.
+_CHUNK = 1 << 19
+_WRITE_BYTES = 4 << 20
+# isal's level 2 is its trade-off: about the size of gzip -3 at several times the speed.
+_GZIP_LEVEL = 2
+
+_INT16 = np.iinfo(np.int16)
+_MAX_LABEL = 65_535
+# A mask saved with a float32 slope comes back as 0.99999994.
+_WHOLE_NUMBER_TOLERANCE = 1e-3
+
+# Thin micro-CT to a scout view; outside of it the header's numbers are not millimetres.
+_SPACING_MM = (0.01, 100.0)
+# NIfTI's spatial unit codes: metre, millimetre, micron; 0 (not said) counts as millimetre.
+_MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+
+_GEOMETRY_FIELDS = (
+    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+_GIVE_NIFTI = "give a CT scan as .nii or .nii.gz"
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where the voxels of a file lie, as its header says it: outputs are written with it.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels along the stored axes.
+    affine : (4, 4) float64
+        Stored voxel index -> RAS+ mm (the sform where its code is set, else the qform).
+    version : int
+        1 for NIfTI-1, 2 for NIfTI-2.
+    fields : mapping of str to float or tuple of float
+        The header fields that place the voxels (sform, qform, their codes, pixdim, units),
+        verbatim. Free text is never among them.
+    """
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    version: int
+    fields: Mapping[str, Any]
+
+    @staticmethod
+    def of_volume(volume: Volume) -> Geometry:
+        """Geometry for a volume that comes from no NIfTI file: sform, and qform where it can."""
+        version = 1 if max(volume.hu.shape) <= _INT16.max else 2
+        header = _header_class(version)()
+        header.set_data_shape(volume.hu.shape)
+        lengths = np.linalg.norm(volume.affine[:3, :3], axis=0)
+        directions = volume.affine[:3, :3] / lengths
+        header.set_xyzt_units("mm")
+        header.set_zooms(lengths)
+        header.set_sform(volume.affine, 1)
+        if np.allclose(directions.T @ directions, np.eye(3), atol=1e-6):
+            header.set_qform(volume.affine, 1)
+        return Geometry(_three(volume.hu.shape), volume.affine, version, _fields(header))
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A CT scan and what is needed to write results on its own grid.
+
+    Parameters
+    ----------
+    volume : Volume
+        Voxels and affine.
+    geometry : Geometry
+        Of the file it came from.
+    warnings : tuple of str
+        What is doubtful in the file, though it can be used.
+    """
+
+    volume: Volume
+    geometry: Geometry
+    warnings: tuple[str, ...] = ()
+
+
+# --- public readers -------------------------------------------------------------------------------
+
+
+def read_scan(path: StrPath) -> Scan:
+    """Read a CT scan from a NIfTI-1 or NIfTI-2 file.
+
+    Any integer or float storage, scaling and byte order; axes stay as stored. Values are rounded to
+    whole HU, padding below int16 is clipped to -32768 (and counts as air). A singleton fourth axis
+    is dropped.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file.
+
+    Returns
+    -------
+    Scan
+        ``volume.hu`` is a read-only memory map where the file stores native int16 uncompressed.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is not one 3-D scalar volume with a usable affine, is damaged,
+        holds NaN or infinity, or cannot be in HU (see ``_check_hu``).
+    """
+    with _opened(path) as source:
+        header = _read_header(source)
+        hu, low, high = _read_voxels(source, header, np.dtype(np.int16), _accept_hu)
+        _check_hu(path, hu, low, high)
+    return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
+
+
+def read_volume(path: StrPath) -> Volume:
+    """Read a CT scan; see :func:`read_scan`, which also keeps what outputs need.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_scan`.
+    """
+    return read_scan(path).volume
+
+
+def read_labels(path: StrPath) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Read a label map or a mask.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file of whole numbers 0..65535, in any storage.
+
+    Returns
+    -------
+    labels : (n_a, n_b, n_c) uint8 or uint16
+        Axes as stored; uint8 where it suffices. May be a read-only memory map.
+    affine : (4, 4) float64
+        Stored voxel index -> RAS+ mm.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_scan`, or a voxel is negative, broken or too large for a label.
+    """
+    with _opened(path) as source:
+        header = _read_header(source)
+        narrow = header.dtype.itemsize == 1 and header.scaling is None
+        dtype = np.dtype(np.uint8 if narrow else np.uint16)
+        labels, _, high = _read_voxels(source, header, dtype, _accept_labels)
+    if labels.dtype == np.uint16 and high <= np.iinfo(np.uint8).max:
+        labels = labels.astype(np.uint8)
+    return labels, header.geometry.affine
+
+
+def read_geometry(path: StrPath) -> Geometry:
+    """Read where the voxels of a NIfTI file lie; the voxels themselves are not read.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file.
+
+    Raises
+    ------
+    InputError
+        The header is not that of one 3-D scalar volume, or declares more than the file can hold.
+    """
+    with _opened(path) as source:
+        return _read_header(source).geometry
+
+
+def from_nifti1image(image: Any) -> Scan:
+    """A scan from a nibabel image in memory or just loaded; nothing is copied that is int16.
+
+    Parameters
+    ----------
+    image : nibabel.spatialimages.SpatialImage
+        A 3-D image in HU. Its affine counts, also where it was changed after loading.
+
+    Raises
+    ------
+    ValueError
+        ``image`` is not a nibabel image.
+    InputError
+        As :func:`read_scan`.
+    """
+    from nibabel.nifti1 import Nifti1Image
+    from nibabel.spatialimages import SpatialImage
+
+    if not isinstance(image, SpatialImage):
+        raise ValueError(f"image is a {type(image).__name__}; give a nibabel image")
+    path = image.get_filename() or "the given image"
+    kind = type(image) if isinstance(image, Nifti1Image) else Nifti1Image
+    harmonised = kind(image.dataobj, image.affine, image.header).header
+    header = _parse_header(path, harmonised, 2 if harmonised["sizeof_hdr"] == 540 else 1)
+    stored, scaling = image.dataobj, None
+    if hasattr(stored, "get_unscaled"):
+        scaling = _scaling(path, float(stored.slope), float(stored.inter))
+        stored = stored.get_unscaled()
+    stored = np.asarray(stored).reshape(header.geometry.shape, order="A")
+    hu = _hu_of_array(path, stored, scaling)
+    return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
+
+
+def as_scan(source: Any) -> Scan:
+    """The scan in whatever a user holds it.
+
+    Parameters
+    ----------
+    source : path, nibabel image, Scan, Volume or (array, affine)
+        An array is 3-D in HU, its affine leads from voxel index to RAS+ mm.
+
+    Raises
+    ------
+    ValueError
+        ``source`` is none of these.
+    InputError
+        As :func:`read_scan`.
+    """
+    if isinstance(source, Scan):
+        return source
+    if isinstance(source, (str, PathLike)):
+        return read_scan(source)
+    if isinstance(source, Volume):
+        return Scan(source, Geometry.of_volume(source))
+    if isinstance(source, tuple) and len(source) == 2:
+        array = np.asarray(source[0])
+        if array.ndim != 3 or array.size == 0:
+            raise ValueError(f"the array has shape {array.shape}; give a 3-D array of HU")
+        volume = Volume(_hu_of_array("the given array", array, None), source[1])
+        return Scan(volume, Geometry.of_volume(volume))
+    return from_nifti1image(source)
+
+
+def file_digest(path: StrPath) -> str:
+    """SHA-256 of a file's bytes, hexadecimal.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Any file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read.
+    """
+    with _errors_named(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- public writers -------------------------------------------------------------------------------
+
+
+def write_labels(path: StrPath, labels: NDArray[Any], geometry: Geometry) -> None:
+    """Write a label map on the grid of a scan: the same bytes for the same labels, whole or not.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        ``.nii.gz`` or ``.nii``. What stands there is replaced once the new file is complete.
+    labels : (n_a, n_b, n_c) uint8 or uint16
+        Axes as stored by the scan, any memory order.
+    geometry : Geometry
+        Of the scan.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    ValueError
+        The labels have another dtype or shape.
+    """
+    if labels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"labels are {labels.dtype}; a label map is uint8 or uint16")
+    _write(path, labels, geometry, slope=1.0)
+
+
+def write_probability(path: StrPath, probability: NDArray[np.uint8], geometry: Geometry) -> None:
+    """Write one structure's probability map, quantised: the file's slope of 1/255 gives 0..1.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        ``.nii.gz`` or ``.nii``.
+    probability : (n_a, n_b, n_c) uint8
+        0 is impossible, 255 certain; axes as stored by the scan.
+    geometry : Geometry
+        Of the scan.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    ValueError
+        The map has another dtype or shape.
+    """
+    if probability.dtype != np.uint8:
+        raise ValueError(f"the map is {probability.dtype}; quantise it to uint8, 255 for certain")
+    _write(path, probability, geometry, slope=1 / 255)
+
+
+def write_volume(path: StrPath, volume: Volume) -> None:
+    """Write a CT scan as int16 HU.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        ``.nii.gz`` or ``.nii``.
+    volume : Volume
+        Voxels and affine.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    """
+    _write(path, volume.hu, Geometry.of_volume(volume), slope=1.0)
+
+
+# --- the file and its errors ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An open file: ``stream`` gives NIfTI bytes, whether they are compressed on disk or not."""
+
+    path: StrPath
+    stream: BinaryIO
+    zipped: bool
+    size: int
+
+    def fill(self, array: NDArray[Any]) -> None:
+        """Read the array's bytes in full."""
+        buffer = array.data.cast("B")
+        done = 0
+        while done < len(buffer):
+            n = self.stream.readinto(buffer[done:])  # type: ignore[attr-defined]
+            if not n:
+                raise _truncated(self.path)
+            done += n
+
+    def skip(self, n_bytes: int) -> None:
+        """Move forward, past what stands between header and voxels."""
+        while n_bytes > 0:
+            n = len(self.stream.read(min(n_bytes, _CHUNK)))
+            if not n:
+                raise _truncated(self.path)
+            n_bytes -= n
+
+    def expect_end(self) -> None:
+        """Read to the end of the stream, which is where gzip's checksum is compared."""
+        if self.stream.read(1):
+            raise _overlong(self.path)
+
+
+@contextmanager
+def _opened(path: StrPath) -> Iterator[_Source]:
+    with _errors_named(path):
+        if "\0" in os.fspath(path):
+            raise FileNotFoundError
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(path, "is a folder, not a NIfTI file", _GIVE_NIFTI)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(path, "is not a regular file", _GIVE_NIFTI)
+        if status.st_size == 0:
+            raise InputError(path, "is empty", "copy or export it again")
+        with open(path, "rb") as file:
+            zipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+            file.seek(0)
+            stream = igzip.open(file) if zipped else file
+            yield _Source(path, stream, zipped, status.st_size)
+
+
+@contextmanager
+def _errors_named(path: StrPath) -> Iterator[None]:
+    """Turn what reading a file can raise into an InputError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", "check the name") from None
+    except PermissionError:
+        raise InputError(path, "may not be read", "check the permissions of the file") from None
+    except EOFError:
+        raise _truncated(path) from None
+    except _DAMAGED:
+        raise InputError(
+            path, "is a damaged gzip file, or has foreign bytes at its end", "copy it again"
+        ) from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "check the disk") from None
+    except MemoryError:
+        raise InputError(
+            path, "needs more memory than there is", "use a machine with more, or crop the scan"
+        ) from None
+
+
+def _truncated(path: StrPath) -> InputError:
+    return InputError(
+        path, "is truncated: it ends before the voxels its header declares", "copy it again"
+    )
+
+
+def _overlong(path: StrPath) -> InputError:
+    return InputError(
+        path,
+        "goes on after the voxels its header declares, so one of them is wrong",
+        "export the scan again",
+    )
+
+
+# --- the header -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is needed to read the voxels; ``scaling`` is (slope, intercept), None for none."""
+
+    geometry: Geometry
+    dtype: np.dtype[Any]
+    offset: int
+    scaling: tuple[float, float] | None
+    warnings: tuple[str, ...]
+
+
+def _header_class(version: int) -> Any:
+    # 0.2 s: imported only by who reads or writes a file.
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+
+    return Nifti1Header if version == 1 else Nifti2Header
+
+
+def _read_header(source: _Source) -> _Header:
+    """Read and check the header, and leave the stream at the first voxel."""
+    block = source.stream.read(348)
+    version, byte_order = _identify(source.path, block)
+    if version == 2:
+        block += source.stream.read(540 - 348)
+    if len(block) < 540 and version == 2:
+        raise _truncated(source.path)
+    raw = _header_class(version)(block, endianness=byte_order, check=False)
+    header = _parse_header(source.path, raw, version)
+    _check_size(source, header)
+    source.skip(header.offset - len(block))
+    return header
+
+
+def _identify(path: StrPath, block: bytes) -> tuple[int, str]:
+    """NIfTI version and byte order ("<" or ">") of the first 348 bytes of a file."""
+    if block[:2] == _GZIP_MAGIC:
+        raise InputError(path, "is compressed twice", "gunzip it once")
+    if block[128:132] == b"DICM":
+        raise InputError(path, "is a DICOM file", "convert the series to .nii.gz")
+    pair = block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0"
+    if pair or os.fspath(path).lower().endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
+        raise InputError(path, "is half of a .hdr/.img pair", "convert the pair to one .nii.gz")
+    for byte_order, name in (("<", "little"), (">", "big")):
+        length = int.from_bytes(block[:4], name)  # type: ignore[arg-type]  # a Literal
+        if length == 348 and block[344:348] == b"n+1\0":
+            return 1, byte_order
+        if length == 540 and block[4:12] == b"n+2\0\r\n\x1a\n":
+            return 2, byte_order
+    raise InputError(path, "is not a NIfTI file", _GIVE_NIFTI)
+
+
+def _parse_header(path: StrPath, raw: Any, version: int) -> _Header:
+    shape = _shape(path, [int(n) for n in raw["dim"]])
+    affine, warnings = _affine(path, raw)
+    geometry = Geometry(shape, affine, version, _fields(raw))
+    offset = float(raw["vox_offset"])
+    least = raw.single_vox_offset
+    if offset != 0 and not least <= offset < 2**62:
+        raise InputError(path, f"puts its voxels at byte {offset:g}", "export the scan again")
+    scaling = _scaling(path, float(raw["scl_slope"]), float(raw["scl_inter"]))
+    return _Header(geometry, _dtype(path, raw), int(offset) or least, scaling, warnings)
+
+
+def _shape(path: StrPath, dim: list[int]) -> tuple[int, int, int]:
+    n_axes, axes = dim[0], dim[1:]
+    if not 1 <= n_axes <= 7:
+        raise InputError(path, f"declares {n_axes} axes", "export the scan again")
+    axes = axes[:n_axes]
+    text = "×".join(map(str, axes))
+    if min(axes) < 1:
+        raise InputError(path, f"holds no voxel: its shape is {text}", "export the scan again")
+    if n_axes < 3:
+        raise InputError(path, f"is {n_axes}-D ({text})", "give a 3-D scan")
+    if math.prod(axes[3:]) > 1:
+        raise InputError(
+            path,
+            f"is {n_axes}-D ({text}): several volumes in one file",
+            "split it; give one of them",
+        )
+    return _three(axes)
+
+
+def _three(axes: Any) -> tuple[int, int, int]:
+    return int(axes[0]), int(axes[1]), int(axes[2])
+
+
+def _dtype(path: StrPath, raw: Any) -> np.dtype[Any]:
+    from nibabel.nifti1 import data_type_codes
+
+    code = int(raw["datatype"])
+    names = data_type_codes.label
+    if code not in names or data_type_codes.dtype[code].kind not in "iuf":
+        problem = f"stores {names[code]} voxels" if code in names else f"has datatype code {code}"
+        raise InputError(path, f"{problem}, not numbers in HU", "give a scan of integers or floats")
+    dtype: np.dtype[Any] = data_type_codes.dtype[code].newbyteorder(raw.endianness)
+    return dtype
+
+
+def _scaling(path: StrPath, slope: float, inter: float) -> tuple[float, float] | None:
+    """NIfTI: slope 0 means no scaling; nibabel writes NaN for the same."""
+    if slope == 0 or math.isnan(slope) or (slope, inter) == (1, 0):
+        return None
+    if slope < 0 or not math.isfinite(slope) or not math.isfinite(inter):
+        raise InputError(
+            path,
+            f"scales its voxels by {slope:g} and adds {inter:g}",
+            "correct scl_slope and scl_inter; a CT scan in HU has 1 and 0",
+        )
+    return slope, inter
+
+
+def _affine(path: StrPath, raw: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Affine in mm (sform before qform, as nibabel), and what is doubtful about it."""
+    raw = raw.copy()
+    if raw["pixdim"][0] not in (-1, 1):
+        raw["pixdim"][0] = 1  # the standard: anything else counts as 1
+    raw["pixdim"][1:] = np.abs(raw["pixdim"][1:])
+    s_code, q_code = int(raw["sform_code"]), int(raw["qform_code"])
+    scale = np.diag([_MM_PER_UNIT.get(int(raw["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
+    with np.errstate(all="ignore"):
+        qform = _qform(raw)
+        if s_code > 0:
+            affine = raw.get_sform()
+        elif q_code > 0:
+            affine = np.full((4, 4), np.nan) if qform is None else qform
+        else:
+            affine = raw.get_base_affine()
+        affine = scale @ np.asarray(affine, np.float64)
+    _check_affine(path, affine)
+    if s_code <= 0 and q_code <= 0:
+        return affine, (
+            "the header says nothing of the orientation (sform and qform code 0): "
+            "left and right may be swapped",
+        )
+    if s_code > 0 and q_code > 0 and qform is not None:
+        apart = _apart_mm(_shape(path, [int(n) for n in raw["dim"]]), affine, scale @ qform)
+        if not apart <= np.linalg.norm(affine[:3, :3], axis=0).min():
+            return affine, (f"sform and qform disagree by up to {apart:.0f} mm: the sform is used",)
+    return affine, ()
+
+
+def _qform(raw: Any) -> NDArray[np.float64] | None:
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        qform: NDArray[np.float64] = np.asarray(raw.get_qform(), np.float64)
+    except (ValueError, HeaderDataError):
+        return None  # quaternion longer than 1
+    return qform
+
+
+def _check_affine(path: StrPath, affine: NDArray[np.float64]) -> None:
+    remedy = "correct its sform or qform"
+    if not np.isfinite(affine).all():
+        raise InputError(path, "has an affine that is not finite", remedy)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    # The same bound as Volume's.
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * spacing.prod() or spacing.min() == 0:
+        raise InputError(path, "has a singular affine", remedy)
+    if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
+        size = "×".join(f"{length:g}" for length in spacing)
+        raise InputError(path, f"has voxels of {size} mm", f"{remedy} or its units")
+
+
+def _apart_mm(
+    shape: tuple[int, int, int], first: NDArray[np.float64], second: NDArray[np.float64]
+) -> float:
+    """Largest distance between where two affines put the same corner of the volume, mm."""
+    corners = np.stack(np.meshgrid(*[(0.0, n - 1.0) for n in shape], indexing="ij"), axis=-1)
+    index = np.concatenate([corners.reshape(-1, 3), np.ones((8, 1))], axis=1)
+    return float(np.linalg.norm((index @ (first - second).T)[:, :3], axis=1).max())
+
+
+def _check_size(source: _Source, header: _Header) -> None:
+    """Refuse a header that declares more than the file can hold, before memory is allocated."""
+    voxels = math.prod(header.geometry.shape) * header.dtype.itemsize
+    declared = header.offset + voxels
+    if source.zipped:
+        if declared > _DEFLATE_RATIO * source.size:
+            raise InputError(
+                source.path,
+                f"declares {declared} bytes, more than {source.size} bytes of gzip can hold",
+                "export the scan again",
+            )
+    elif source.size < declared:
+        raise _truncated(source.path)
+    elif source.size > declared:
+        raise _overlong(source.path)
+
+
+def _fields(raw: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: raw[name].tolist() for name in _GEOMETRY_FIELDS}
+    fields["pixdim"] = raw["pixdim"][:4].tolist()
+    fields["xyzt_units"] = int(raw["xyzt_units"]) & 7
+    return fields
+
+
+# --- the voxels -----------------------------------------------------------------------------------
+
+# (path, values, least, greatest) -> values that can be stored, or an InputError
+_Accept = Callable[[StrPath, NDArray[Any], float, float], NDArray[Any]]
+
+
+def _read_voxels(
+    source: _Source, header: _Header, dtype: np.dtype[Any], accept: _Accept
+) -> tuple[NDArray[Any], float, float]:
+    """Read all voxels as ``dtype``, Fortran order; also the least and greatest scaled value.
+
+    Where the file stores that dtype, it is mapped (uncompressed) or read in place.
+    """
+    shape = header.geometry.shape
+    n_voxels = math.prod(shape)
+    direct = header.dtype == dtype and header.scaling is None
+    mapped = direct and not source.zipped and header.offset % dtype.itemsize == 0
+    if mapped:
+        voxels = np.asarray(
+            np.memmap(source.stream, dtype, mode="r", offset=header.offset, shape=(n_voxels,))
+        )
+    else:
+        voxels = np.empty(n_voxels, dtype)
+    stored = None if direct else np.empty(min(_CHUNK, n_voxels), header.dtype)
+    extremes = []
+    for start in range(0, n_voxels, _CHUNK):
+        chunk = voxels[start : start + _CHUNK]
+        values = chunk if stored is None else stored[: chunk.size]
+        if not mapped:
+            source.fill(values)
+        values = _scaled(values, header.scaling)
+        low, high = values.min(), values.max()
+        extremes.append((low, high))
+        values = accept(source.path, values, low, high)
+        if stored is not None:
+            chunk[:] = values
+    if source.zipped:
+        source.expect_end()
+    lows, highs = zip(*extremes, strict=True)
+    return voxels.reshape(shape, order="F"), float(min(lows)), float(max(highs))
+
+
+def _scaled(stored: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[Any]:
+    """Stored numbers in native byte order, scaled in float64 where they are scaled."""
+    if scaling is None:
+        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused by name below
+        values: NDArray[Any] = stored.astype(np.float64)
+        values *= scaling[0]
+        values += scaling[1]
+    return values
+
+
+def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    _check_finite(path, low, high)
+    if high > _INT16.max:
+        raise InputError(path, f"holds the value {high:g}, which is no HU", "give a CT scan in HU")
+    if values.dtype == np.int16:
+        return values
+    if low < _INT16.min:
+        values = np.maximum(values, _INT16.min)
+    if values.dtype.kind != "f":
+        return values
+    whole: NDArray[Any] = np.rint(values)
+    return whole
+
+
+def _accept_labels(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    _check_finite(path, low, high)
+    remedy = f"give whole numbers from 0 to {_MAX_LABEL}"
+    if low < -_WHOLE_NUMBER_TOLERANCE:
+        raise InputError(path, f"holds the label {low:g}", remedy)
+    if high > _MAX_LABEL:
+        raise InputError(path, f"holds the label {high:g}", remedy)
+    if values.dtype.kind != "f":
+        return values
+    whole: NDArray[Any] = np.rint(values)
+    if np.abs(values - whole).max() > _WHOLE_NUMBER_TOLERANCE:
+        raise InputError(path, "holds fractions, so it is no label map", remedy)
+    return whole
+
+
+def _check_finite(path: StrPath, low: float, high: float) -> None:
+    # NaN is the minimum of whatever holds one.
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(
+            path, "holds NaN or infinite voxels", "replace them, by -1024 outside the field of view"
+        )
+
+
+def _hu_of_array(
+    path: StrPath, stored: NDArray[Any], scaling: tuple[float, float] | None
+) -> NDArray[np.int16]:
+    """int16 HU of numbers in memory; the array itself where it is that already."""
+    if stored.dtype.kind not in "iuf":
+        raise InputError(path, f"stores {stored.dtype} voxels, not HU", "give integers or floats")
+    if stored.dtype == np.int16 and stored.dtype.isnative and scaling is None:
+        hu: NDArray[np.int16] = stored
+        low, high = float(stored.min()), float(stored.max())
+    else:
+        hu = np.empty_like(stored, np.int16)
+        extremes = []
+        for k in range(stored.shape[2]):
+            values = _scaled(stored[:, :, k], scaling)
+            extremes.append((float(values.min()), float(values.max())))
+            hu[:, :, k] = _accept_hu(path, values, *extremes[-1])
+        low, high = min(e[0] for e in extremes), max(e[1] for e in extremes)
+    _check_hu(path, hu, low, high)
+    return hu
+
+
+# A patient spans fat (-100) to muscle and blood (+50) at the very least; standardised or 0..1
+# intensities span less. An 8-bit or unshifted image has nothing in fat's range or below, where
+# -30 leaves room for the ringing of an interpolation.
+_LEAST_SPAN_HU = 50
+_FAT_HU = -30
+# A window cuts off air and lung and heaps them up at its lower edge: [-160, 240] puts half of a
+# scan there. Noise never puts a tenth of all voxels on one value that is not air.
+_WINDOW_HU = -500
+_WINDOW_SHARE = 0.1
+
+
+def _check_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> None:
+    """Refuse numbers that cannot be HU of a patient.
+
+    Refused: all voxels equal; a span (above -1024) of less than 50; no voxel in [-1024, -30], where
+    fat, lung and air lie; a tenth of all voxels exactly at a minimum above -500, as a window
+    leaves them. A slab without any air passes: fat has negative HU and noise spreads it.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Named in the error.
+    hu : int16 array
+        Rounded and clipped voxels.
+    low, high : float
+        Extremes before rounding.
+    """
+    if low == high:
+        raise InputError(path, f"holds the value {low:g} everywhere", "give a CT scan in HU")
+    if high - max(low, AIR_HU) < _LEAST_SPAN_HU:
+        raise InputError(
+            path,
+            f"holds values from {low:g} to {high:g}, which look normalised",
+            "give the scan in HU, before normalisation",
+        )
+    if low > _FAT_HU or (low < AIR_HU and not _any_fat_or_air(hu)):
+        grey = "they look like grey levels; give the scan in HU"
+        shifted = "the intercept, often -1024, may be missing; give the scan in HU"
+        raise InputError(
+            path,
+            f"holds values up to {high:g} and none from {AIR_HU} to {_FAT_HU}, so they are not HU",
+            grey if high <= 255 else shifted,
+        )
+    if low > _WINDOW_HU and np.count_nonzero(hu == round(low)) >= _WINDOW_SHARE * hu.size:
+        raise InputError(
+            path,
+            f"is cut off at {low:g}, as by a display window, so air and lung are lost",
+            "give the scan before windowing",
+        )
+
+
+def _any_fat_or_air(hu: NDArray[np.int16]) -> bool:
+    slices = (hu[:, :, k] for k in range(hu.shape[2]))
+    return any(bool(((plane >= AIR_HU) & (plane <= _FAT_HU)).any()) for plane in slices)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _write(path: StrPath, voxels: NDArray[Any], geometry: Geometry, slope: float) -> None:
+    if voxels.shape != geometry.shape:
+        raise ValueError(f"voxels of shape {voxels.shape} do not fit the grid {geometry.shape}")
+    name = os.fspath(path)
+    if not name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(path, "is no name for a NIfTI file", "end it in .nii.gz or .nii")
+    # Short and its own, so that a name of the greatest length can be written, too.
+    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
+    try:
+        with open(beside, "xb") as file:
+            if name.lower().endswith(".gz"):
+                with igzip.IGzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as stream:
+                    _write_stream(stream, voxels, geometry, slope)
+            else:
+                _write_stream(file, voxels, geometry, slope)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(
+            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_stream(stream: Any, voxels: NDArray[Any], geometry: Geometry, slope: float) -> None:
+    header = _header_class(geometry.version)()
+    header.set_data_shape(voxels.shape)
+    header.set_data_dtype(voxels.dtype)
+    for name, value in geometry.fields.items():
+        if name == "pixdim":
+            header["pixdim"][:4] = value
+        else:
+            header[name] = value
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = slope, 0
+    stream.write(header.binaryblock + bytes(4))  # four zeros: no extensions
+    # Whole slices by number, whatever the memory order: equal voxels give equal bytes.
+    n_slices = max(1, _WRITE_BYTES // (voxels[:, :, 0].size * voxels.itemsize))
+    for start in range(0, voxels.shape[2], n_slices):
+        stream.write(voxels[:, :, start : start + n_slices].tobytes("F"))
