@@ -1,0 +1,137 @@
+"""Slow, obvious twins of the kernels."""
+
+import numpy as np
+
+# --- enlargement ----------------------------------------------------------------------------------
+
+
+def blend_slices(before, after, weight):
+    return before + np.float32(weight) * (after - before)
+
+
+def enlarge_map(probabilities, row_lower, row_weight, col_lower, col_weight):
+    """One class, (rows, cols) float32, one voxel at a time, every step rounded to float32."""
+    rows, cols = probabilities.shape
+    out = np.empty((len(row_lower), len(col_lower)), np.float32)
+    for y, (row, w_row) in enumerate(zip(row_lower, row_weight, strict=True)):
+        below = min(row + 1, rows - 1)
+        for x, (col, w_col) in enumerate(zip(col_lower, col_weight, strict=True)):
+            beside = min(col + 1, cols - 1)
+            p = probabilities
+            left = p[row, col] + w_row * (p[below, col] - p[row, col])
+            right = p[row, beside] + w_row * (p[below, beside] - p[row, beside])
+            out[y, x] = left + w_col * (right - left)
+    return out
+
+
+def enlarge_labels(probabilities, row_lower, row_weight, col_lower, col_weight):
+    """All classes to all voxels, then the first greatest."""
+    classes = np.moveaxis(probabilities, -1, 0)
+    full = np.stack([enlarge_map(p, row_lower, row_weight, col_lower, col_weight) for p in classes])
+    return full.argmax(axis=0), full.max(axis=0)
+
+
+def quantised(p):
+    """0..1 as 0..255, half rounded up."""
+    return np.floor(p * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+def weigh_slice(probabilities, row_at, col_at):
+    """(3, classes) sums of p^2, p^2 row, p^2 col."""
+    sums = np.zeros((3, probabilities.shape[2]))
+    for row, y in enumerate(row_at):
+        for col, x in enumerate(col_at):
+            squared = probabilities[row, col].astype(np.float64) ** 2
+            sums += np.stack([squared, squared * y, squared * x])
+    return sums
+
+
+# --- label maps -----------------------------------------------------------------------------------
+
+
+def label_statistics(labels, confidence, n_classes):
+    """Counts, index sums, half-open boxes and confidence sums, one voxel at a time."""
+    counts = np.zeros(n_classes, np.int64)
+    sums = np.zeros((n_classes, 3), np.int64)
+    boxes = np.zeros((n_classes, 3, 2), np.int64)
+    confidence_sums = np.zeros(n_classes, np.int64)
+    for index in np.ndindex(labels.shape):
+        label = labels[index]
+        for axis in range(3):
+            start, stop = boxes[label, axis] if counts[label] else (index[axis], 0)
+            boxes[label, axis] = min(start, index[axis]), max(stop, index[axis] + 1)
+        counts[label] += 1
+        sums[label] += index
+        confidence_sums[label] += confidence[index]
+    return counts, sums, boxes, confidence_sums
+
+
+def component_statistics(labels, components, origin, column_of_label, n_columns):
+    """Size, label and votes of each component, one voxel and one face at a time."""
+    n = int(components.max(initial=0)) + 1
+    sizes, owners, votes = np.zeros(n), np.zeros(n), np.zeros((n, n_columns))
+    for index in np.ndindex(components.shape):
+        component = components[index]
+        if component == 0:
+            continue
+        position = np.array(index) + origin
+        sizes[component] += 1
+        owners[component] = labels[tuple(position)]
+        for step in np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)]):
+            neighbour = position + step
+            if (neighbour >= 0).all() and (neighbour < labels.shape).all():
+                column = column_of_label[labels[tuple(neighbour)]]
+                if column >= 0:
+                    votes[component, column] += 1
+    return sizes, owners, votes
+
+
+def join_components(pairs, n_components):
+    """The lowest component that each can be reached from."""
+    parents = list(range(n_components))
+    for _ in range(n_components):
+        for one, other in pairs:
+            parents[one] = parents[other] = min(parents[one], parents[other])
+    return parents
+
+
+def clean(labels, classes, keep, smallest, fill_holes):
+    """Whole-volume masks and scipy, organ after organ; a cleaned copy."""
+    from scipy import ndimage
+
+    others = [label for label in range(len(classes)) if label not in classes.organs]
+    inside = classes.context or 0
+    others.sort(key=lambda label: (label != inside, label))
+    cleaned = labels.copy()
+    for organ in classes.organs if keep != "none" else ():
+        components, n = ndimage.label(labels == organ, np.ones((3, 3, 3)))
+        sizes = [np.count_nonzero(components == c) for c in range(1, n + 1)]
+        for c in range(1, n + 1):
+            is_largest = c - 1 == int(np.argmax(sizes))
+            if is_largest or (keep == "dust" and sizes[c - 1] >= smallest):
+                continue
+            mask = components == c
+            votes = np.zeros(len(others))
+            for axis, step in ((axis, step) for axis in range(3) for step in (-1, 1)):
+                near = np.moveaxis(np.pad(mask, 1), axis, 0)
+                near = np.moveaxis(np.roll(near, step, axis=0), 0, axis)[1:-1, 1:-1, 1:-1]
+                votes += [np.count_nonzero(labels[near] == other) for other in others]
+            cleaned[mask] = others[int(np.argmax(votes))]
+    if fill_holes:
+        extent = {}
+        for organ in classes.organs:
+            where = np.argwhere(cleaned == organ)
+            if len(where):
+                extent[organ] = int(np.prod(np.ptp(where, axis=0) + 1))
+        for organ in sorted(extent, key=extent.get):
+            filled = ndimage.binary_fill_holes(cleaned == organ)
+            cleaned[filled & np.isin(cleaned, others)] = organ
+    return cleaned
+
+
+def overlap(truth, predicted, n_classes):
+    """How often each pair of labels meets."""
+    counts = np.zeros((n_classes, n_classes), np.int64)
+    for t, p in zip(truth.ravel(), predicted.ravel(), strict=True):
+        counts[t, p] += 1
+    return counts
