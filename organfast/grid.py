@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.kernels.levels import box_level, plane_level
+from organfast.kernels.resample import slice_resampled, slices_blended
 from organfast.volume import AIR_HU, Volume
 
 __all__ = [
@@ -36,6 +39,10 @@ __all__ = [
 
 HU_TABLES = ("identity", "piecewise")
 FINEST_MM, COARSEST_MM = 0.1, 100.0
+MOST_VOXELS = 2**31
+
+Taps = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Along one axis: first input voxel (n_out,) and weights (n_taps, n_out) of each output voxel."""
 
 
 class Pattern(Protocol):
@@ -136,6 +143,11 @@ class GridVolume:
         Name of the table that is to be, or has been, applied.
     spacing_mm : (k, i, j) float
         Voxel size of this grid.
+
+    Raises
+    ------
+    ValueError
+        ``hu`` is not a non-empty 3-D int16 array, or ``table`` is not the one named.
     """
 
     hu: NDArray[np.int16]
@@ -145,10 +157,17 @@ class GridVolume:
     hu_table: str = "identity"
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def __post_init__(self) -> None:
+        _check_hu("hu", self.hu, 3)
+        named = hu_lookup(self.hu_table)
+        if self.table is not None and not np.array_equal(self.table, named):
+            raise ValueError(f"table is not the HU table {self.hu_table!r}; use hu_lookup")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels along (k, i, j)."""
-        return self.hu.shape
+        k, i, j = self.hu.shape
+        return k, i, j
 
     @property
     def air(self) -> int:
@@ -179,6 +198,14 @@ class BlockGrid:
     volume_shape: tuple[int, int, int]
     stride: tuple[int, int, int]
 
+    def __post_init__(self) -> None:
+        for name, given in (("volume_shape", self.volume_shape), ("stride", self.stride)):
+            values = tuple(given) if isinstance(given, (tuple, list)) else ()
+            whole = [v for v in values if isinstance(v, (int, np.integer)) and v >= 1]
+            if len(whole) != 3 or len(values) != 3:
+                raise ValueError(f"{name} is {given!r}; give three integers (k, i, j) from 1")
+            object.__setattr__(self, name, tuple(int(v) for v in whole))
+
     @cached_property
     def centres(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """Centres along (k, i, j), ascending int32 voxel indices."""
@@ -200,71 +227,219 @@ def _centres(n: int, stride: int) -> NDArray[np.int32]:
 
 @cache
 def hu_lookup(name: str) -> NDArray[np.int16]:
-    """The monotone HU table of that name, (65536,) int16, read at ``hu + 32768``; read-only."""
+    """The HU table of that name, monotone; everything below -1024 (padding) is air, -1024.
+
+    ::
+
+        identity    hu
+        piecewise   hu + 160 - 1280   below -160      slope 1/8
+                    8 hu              -160 .. 240     slope 1
+                    2 hu + 1440       above 240       slope 1/4, at most 32767 (from 15,664 HU)
+
+    The piecewise table is the compression that long-range context works best on (soft tissue 400
+    wide, while lung stays apart from the air around the patient), times 8, so that no two HU of
+    -1024 .. 15,663 become one and int16 averages keep an eighth of a HU.
+
+    Parameters
+    ----------
+    name : str
+        "identity" or "piecewise".
+
+    Returns
+    -------
+    (65536,) int16
+        Read-only; the entry of ``hu`` is at ``hu + 32768``.
+
+    >>> table = hu_lookup("piecewise")
+    >>> [int(table[hu + 32768]) for hu in (-3024, -1024, -160, 240, 3071)]
+    [-2144, -2144, -1280, 1920, 7582]
+    """
     hu = np.maximum(np.arange(-32768, 32768), AIR_HU)
     if name == "piecewise":
-        scaled = np.where(hu < -160, hu + 160 - 1280, np.where(hu <= 240, 8 * hu, 2 * hu + 1440))
-        hu = np.minimum(scaled, 32767)
+        below, above = hu + 160 - 1280, 2 * hu + 1440
+        hu = np.where(hu < -160, below, np.where(hu <= 240, 8 * hu, above))
     elif name != "identity":
         raise ValueError(f"hu_table is {name!r}; use one of {', '.join(HU_TABLES)}")
-    table = hu.astype(np.int16)
+    table = np.minimum(hu, 32767).astype(np.int16)
     table.flags.writeable = False
     return table
 
 
 def to_model_grid(volume: Volume, grid: ModelGrid, threads: int = 1) -> GridVolume:
-    """Bring a scan to the model grid."""
-    hu, table = volume.working, hu_lookup(grid.hu_table)
-    spacing = volume.working_spacing_mm
-    if grid.spacing_mm is None:
-        return GridVolume(hu, table=table, hu_table=grid.hu_table, spacing_mm=spacing)
-    target = grid.spacing_mm[::-1]
+    """Bring a scan to the model grid.
+
+    The scan's own pixels (``spacing_mm`` None, or a spacing that differs from the scan's by less
+    than a hundredth of a voxel over the whole axis) are taken as they are, without a copy. For a
+    working grid the HU table comes first, for averages over the edge of lung or patient must not
+    depend on how dark the dark side is; then each axis is resampled with a triangle of half-width
+    ``max(1, step)`` voxels, edge voxels repeated, and the result is rounded half up. Outer edges
+    of both grids coincide at the first voxel: ``offset = (step - 1) / 2``.
+
+    Parameters
+    ----------
+    volume : Volume
+        The scan.
+    grid : ModelGrid
+        The grid to bring it to.
+    threads : int
+        Threads to share the slices; the result does not depend on it.
+
+    Returns
+    -------
+    GridVolume
+        ``hu`` is a view of the volume, or a new C-contiguous array.
+
+    Raises
+    ------
+    ValueError
+        ``threads`` is below 1, or the grid would have more than 2^31 voxels.
+    """
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; use at least 1")
+    hu, spacing, table = volume.working, volume.working_spacing_mm, hu_lookup(grid.hu_table)
+    target = spacing if grid.spacing_mm is None else grid.spacing_mm[::-1]
     step = _three(
         1.0 if abs(t / s - 1) * n < 0.01 else t / s
         for t, s, n in zip(target, spacing, hu.shape, strict=True)
     )
     if step == (1.0, 1.0, 1.0):
         return GridVolume(hu, table=table, hu_table=grid.hu_table, spacing_mm=spacing)
-    value = table[hu.astype(np.int32) + 32768].astype(np.float32)
-    for axis, s in enumerate(step):
-        n = hu.shape[axis]
-        if s == 1.0:
-            continue
-        n_out = max(1, math.floor(n / s + 0.5))
-        x = (s - 1) / 2 + s * np.arange(n_out)
-        half = max(1.0, s)
-        first = np.ceil(x - half).astype(int)
-        taps = first[:, None] + np.arange(int(np.ceil(2 * half)) + 1)
-        weights = np.maximum(0, 1 - np.abs(taps - x[:, None]) / half)
-        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-        moved = np.moveaxis(value, axis, -1)
-        total = sum(
-            moved[..., np.clip(taps[:, t], 0, n - 1)] * weights[:, t] for t in range(taps.shape[1])
+    return GridVolume(
+        resampled(hu, table, step, threads),
+        step,
+        _three((s - 1) / 2 for s in step),
+        None,
+        grid.hu_table,
+        _three(t if s != 1 else own for t, s, own in zip(target, step, spacing, strict=True)),
+    )
+
+
+def resampled(
+    hu: NDArray[np.int16],
+    table: NDArray[np.int16],
+    step: tuple[float, float, float],
+    threads: int = 1,
+) -> NDArray[np.int16]:
+    """HU through a table, then averaged to every ``step``-th voxel; see :func:`to_model_grid`.
+
+    Parameters
+    ----------
+    hu : (K, R, C) int16
+        Any strides.
+    table : (65536,) int16
+        Index ``hu + 32768``.
+    step : (k, i, j) float
+        Input voxels per output voxel.
+    threads : int
+        Threads to share the slices.
+
+    Returns
+    -------
+    (K', R', C') int16
+        C-contiguous, ``max(1, round(n / step))`` voxels per axis.
+    """
+    shape = _three(max(1, round(n / s)) for n, s in zip(hu.shape, step, strict=True))
+    if math.prod(shape) > MOST_VOXELS:
+        raise ValueError(
+            f"the model grid would have {' x '.join(f'{n:.0f}' for n in shape)} voxels (k, i, j); "
+            "check the spacing of the scan, or use a coarser grid"
         )
-        value = np.moveaxis(total, -1, axis)
-    out = np.ascontiguousarray(np.floor(value + np.float32(0.5)).astype(np.int16))
-    offset = _three((s - 1) / 2 for s in step)
-    return GridVolume(out, step, offset, None, grid.hu_table, target)
+    through, down, along = (_taps(s, int(n)) for s, n in zip(step, shape, strict=True))
+    out = np.empty([int(n) for n in shape], np.int16)
+
+    def resample(begin: int, end: int) -> None:
+        _resample_slices(hu, table, (through, down, along), out, range(begin, end))
+
+    edges = [len(out) * part // threads for part in range(threads + 1)]
+    if threads == 1:
+        resample(0, len(out))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(resample, edges[:-1], edges[1:]))
+    return out
 
 
-def _three(values: Iterable[float]) -> tuple[float, float, float]:
-    k, i, j = values
-    return k, i, j
+def _taps(step: float, n_out: int) -> Taps:
+    """First input voxel and normalised weights of each output voxel along an axis.
+
+    Inputs strictly within ``half`` of the output's centre weigh ``1 - distance / half``.
+    """
+    half = max(1.0, step)
+    centre = (step - 1) / 2 + step * np.arange(n_out)
+    starts = np.floor(centre - half).astype(np.int32) + 1
+    n_taps = int((np.ceil(centre + half).astype(np.int32) - starts).max())
+    voxels = starts + np.arange(n_taps)[:, None]
+    weights = np.maximum(0.0, 1 - np.abs(voxels - centre) / half)
+    weights /= weights.sum(axis=0)
+    return starts, weights.astype(np.float32)
+
+
+def _resample_slices(
+    hu: NDArray[np.int16],
+    table: NDArray[np.int16],
+    taps: tuple[Taps, Taps, Taps],
+    out: NDArray[np.int16],
+    chosen: range,
+) -> None:
+    """Write the chosen slices of ``out``.
+
+    Each input slice is resampled in its plane once, into a ring as long as an output slice reaches.
+    """
+    (starts, weights), down, along = taps
+    n_slices, n_rows, n_cols = hu.shape
+    n_taps = len(weights)
+    lead = max(0, -int(along[0][0]))
+    tail = max(0, int(along[0][-1]) + len(along[1]) - n_cols)
+    work = np.empty(n_rows * n_cols + lead + n_cols + tail, np.float32)
+    ring = np.empty((n_taps, *out.shape[1:]), np.float32)
+    in_ring = np.full(n_taps, -1)
+    for o in chosen:
+        sources = np.clip(starts[o] + np.arange(n_taps), 0, n_slices - 1)
+        slots = (sources % n_taps).astype(np.int32)
+        for k, slot in zip(sources, slots, strict=True):
+            if in_ring[slot] != k:
+                slice_resampled(hu[k], table, down, along, work, ring[slot])
+                in_ring[slot] = k
+        slices_blended(ring, slots, weights[:, o], out[o])
 
 
 def resample_labels(
     labels: NDArray[np.unsignedinteger], grid_volume: GridVolume
 ) -> NDArray[np.unsignedinteger]:
-    """Labels of the scan's voxels at the voxels of the model grid: the nearest voxel's."""
-    index = [
-        np.clip(np.floor(o + 0.5 + s * np.arange(n)).astype(np.intp), 0, m - 1)
-        for o, s, n, m in zip(
+    """Labels on the model grid: each of its voxels takes the label of the nearest scan voxel.
+
+    Parameters
+    ----------
+    labels : (K, R, C) unsigned int
+        Label map of the scan in working order.
+    grid_volume : GridVolume
+        The scan on the model grid.
+
+    Returns
+    -------
+    (K', R', C') unsigned int
+        ``labels`` itself where the grid is the scan's own.
+
+    Raises
+    ------
+    ValueError
+        The labels are not on the scan's grid.
+    """
+    scan_shape = tuple(s * n for s, n in zip(grid_volume.step, grid_volume.shape, strict=True))
+    if labels.ndim != 3 or any(
+        abs(n - m) > 0.5 + s / 2
+        for n, m, s in zip(labels.shape, scan_shape, grid_volume.step, strict=True)
+    ):
+        raise ValueError(f"labels of shape {labels.shape} are not on the grid of their scan")
+    if grid_volume.step == (1.0, 1.0, 1.0):
+        return labels
+    nearest = [
+        np.clip(np.floor(offset + 0.5 + step * np.arange(n)).astype(np.intp), 0, n_scan - 1)
+        for offset, step, n, n_scan in zip(
             grid_volume.offset, grid_volume.step, grid_volume.shape, labels.shape, strict=True
         )
     ]
-    if grid_volume.step == (1.0, 1.0, 1.0):
-        return labels
-    return labels[np.ix_(*index)]
+    return labels[np.ix_(*nearest)]
 
 
 def levels_slab(
@@ -274,24 +449,89 @@ def levels_slab(
     k1: int,
     out: NDArray[np.int16] | None = None,
 ) -> NDArray[np.int16]:
-    """Levels of the slices k0..k1 of a grid volume, padded by what the pattern reaches."""
-    pk, pr, pc = pattern.reach
+    """Levels of slices k0 .. k1 - 1, padded by what the pattern reaches.
+
+    Level w holds at (r, c) the average of ``[r - w // 2, r - w // 2 + w)`` x the same columns,
+    rounded half up; w = 1 is the voxels themselves. ::
+
+        slices   k0 k0 k0 | k0 .. k1-1 | k1-1     where k0 is the first slice of the volume,
+                                                  k1 - 1 the last; real neighbours elsewhere
+        sides    air, through the table; boxes that stick out average it in
+
+    Parameters
+    ----------
+    grid_volume : GridVolume
+        The scan on the model grid.
+    pattern : Pattern
+        What will be read: its ``widths`` and ``reach`` (pk, pr, pc).
+    k0, k1 : int
+        Slices, half-open, ``0 <= k0 < k1 <= K``.
+    out : (L, k1 - k0 + 2 pk, R + 2 pr, C + 2 pc) int16, optional
+        C-contiguous buffer to write and return.
+
+    Returns
+    -------
+    (L, k1 - k0 + 2 pk, R + 2 pr, C + 2 pc) int16
+        C-contiguous. Voxel (k, i, j) of the volume is at ``[:, k - k0 + pk, i + pr, j + pc]``.
+
+    Raises
+    ------
+    ValueError
+        The slices are not in the volume, or ``out`` does not fit.
+    """
     n_k, n_r, n_c = grid_volume.shape
+    if not 0 <= k0 < k1 <= n_k:
+        raise ValueError(f"slices {k0} to {k1} are not in a volume of {n_k} slices")
+    pk, pr, pc = pattern.reach
     shape = (len(pattern.widths), k1 - k0 + 2 * pk, n_r + 2 * pr, n_c + 2 * pc)
     slab = np.empty(shape, np.int16) if out is None else out
+    if slab.shape != shape or slab.dtype != np.int16 or not slab.flags.c_contiguous:
+        raise ValueError(
+            f"out is {slab.dtype} of shape {slab.shape}; give C-contiguous int16 of shape {shape}"
+        )
+    plane = None if 1 in pattern.widths else np.empty((n_r, n_c), np.int16)
+    work = np.empty(n_c + shape[3] + max(pattern.widths), np.uint32)
+    before = -1
     for m in range(shape[1]):
-        plane = grid_volume.hu[min(max(k0 - pk + m, 0), n_k - 1)]
-        if grid_volume.table is not None:
-            plane = grid_volume.table[plane.astype(np.int32) + 32768]
-        for level, w in enumerate(pattern.widths):
-            before, after = w // 2, w - 1 - w // 2
-            padded = np.pad(
-                plane,
-                ((pr + before, pr + after), (pc + before, pc + after)),
-                constant_values=grid_volume.air,
-            )
-            sums = np.zeros((padded.shape[0] + 1, padded.shape[1] + 1), np.int64)
-            sums[1:, 1:] = padded.astype(np.int64).cumsum(0).cumsum(1)
-            box = sums[w:, w:] - sums[:-w, w:] - sums[w:, :-w] + sums[:-w, :-w]
-            slab[level, m] = (2 * box + w * w) // (2 * w * w)
+        k = min(max(k0 - pk + m, 0), n_k - 1)
+        if k == before:
+            slab[:, m] = slab[:, m - 1]
+        else:
+            _levels_of_slice(grid_volume, k, pattern.widths, (plane, work), slab[:, m])
+        before = k
     return slab
+
+
+def _levels_of_slice(
+    grid_volume: GridVolume,
+    k: int,
+    widths: tuple[int, ...],
+    buffers: tuple[NDArray[np.int16] | None, NDArray[np.uint32]],
+    out: NDArray[np.int16],
+) -> None:
+    plane, work = buffers
+    air, hu = grid_volume.air, grid_volume.hu[k]
+    table = None if grid_volume.hu_table == "identity" else grid_volume.table
+    if plane is None:
+        level = widths.index(1)
+        plane_level(hu, table, air, air, out[level])
+        pr, pc = (out.shape[1] - hu.shape[0]) // 2, (out.shape[2] - hu.shape[1]) // 2
+        plane = out[level, pr : pr + hu.shape[0], pc : pc + hu.shape[1]]
+    else:
+        plane_level(hu, table, air, air, plane)
+    for level, width in enumerate(widths):
+        if width > 1:
+            box_level(plane, width, air, work, out[level])
+
+
+def _three(values: Iterable[float]) -> tuple[float, float, float]:
+    k, i, j = values
+    return k, i, j
+
+
+def _check_hu(name: str, hu: NDArray[np.int16], ndim: int) -> None:
+    if hu.ndim != ndim or hu.dtype != np.int16 or 0 in hu.shape or not hu.flags.aligned:
+        raise ValueError(
+            f"{name} is {hu.dtype} of shape {hu.shape}; give non-empty, aligned int16 with "
+            f"{ndim} axes"
+        )

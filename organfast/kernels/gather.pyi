@@ -1,0 +1,19 @@
+import numpy as np
+from numpy.typing import NDArray
+
+def gather_blocks(
+    hu: NDArray[np.int16],
+    centres: NDArray[np.int32],
+    lo: float,
+    scale: float,
+    least: float,
+    most: float,
+    air: float,
+    out: NDArray[np.float32],
+) -> None: ...
+def gather_features(
+    slab: NDArray[np.int16],
+    starts: NDArray[np.int64],
+    reads: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None: ...

@@ -1,0 +1,67 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Copies of blocks and of features, checked by the functions of ``organfast.blocks``."""
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int16_t, int32_t, int64_t
+
+
+cdef extern from "gather.h" nogil:
+    ctypedef struct gather_source:
+        const char *data
+        ptrdiff_t slice
+        ptrdiff_t row
+        ptrdiff_t col
+        ptrdiff_t n_rows
+        ptrdiff_t n_cols
+
+    ctypedef struct gather_window:
+        float lo
+        float scale
+        float least
+        float most
+        float air
+
+    void gather_squares(gather_source, const int32_t *, ptrdiff_t, ptrdiff_t, gather_window,
+                        float *)
+    void gather_reads(const char *, const int64_t *, ptrdiff_t, const int64_t *, ptrdiff_t, float *)
+
+
+def gather_blocks(
+    const int16_t[:, :, :] hu,
+    const int32_t[:, ::1] centres,
+    float lo,
+    float scale,
+    float least,
+    float most,
+    float air,
+    float[:, :, ::1] out,
+):
+    """Blocks around (k, i, j) centres: ``clip((hu - lo) * scale, least, most)``.
+
+    ``hu`` (K, R, C); ``centres`` (n, 3) inside it; ``out`` (n, size, size), size odd. Blocks may
+    stick out of the slice and hold ``air`` there.
+    """
+    cdef gather_source source
+    cdef gather_window window
+    if out.shape[0] == 0:
+        return
+    source.data = <const char *>&hu[0, 0, 0]
+    source.slice, source.row, source.col = hu.strides[0], hu.strides[1], hu.strides[2]
+    source.n_rows, source.n_cols = hu.shape[1], hu.shape[2]
+    window.lo, window.scale, window.least, window.most, window.air = lo, scale, least, most, air
+    with nogil:
+        gather_squares(source, &centres[0, 0], out.shape[0], out.shape[1], window, &out[0, 0, 0])
+
+
+def gather_features(
+    const int16_t[:, :, :, :] slab,
+    const int64_t[::1] starts,
+    const int64_t[::1] reads,
+    float[:, ::1] out,
+):
+    """``out[p, f]`` = the voxel at ``starts[p] + reads[f]`` bytes from the first of the slab."""
+    if out.shape[0] == 0 or out.shape[1] == 0:
+        return
+    with nogil:
+        gather_reads(<const char *>&slab[0, 0, 0, 0], &starts[0], out.shape[0], &reads[0],
+                     out.shape[1], &out[0, 0])
