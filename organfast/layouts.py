@@ -1,0 +1,665 @@
+"""Finds labelled cases on disk, and brings their labels to the classes of a model.
+
+Three layouts are recognised; listing them reads file names and label tables, never voxels::
+
+    totalsegmentator   s0011/ct.nii.gz   s0011/segmentations/liver.nii.gz ...
+                       or one label map: s0011/labels.nii.gz, segmentation(s).nii.gz, *_seg.nii.gz
+    visceral           10000100_1_CTce_ThAb.nii.gz   10000100_1_CTce_ThAb_58_4.nii.gz ...
+                       (patient, scan, modality, region; RadLex id, annotator), up to two folders
+                       deep, images and masks together or apart
+    pairs              NAME.nii.gz   NAME_labels.nii.gz or NAME_seg.nii.gz
+
+What the numbers of a label map mean stands in ``labels.csv`` (columns ``id,name``) or
+``labels.json`` (id -> name or name -> id) beside it or in the dataset's folder. Without either they
+are the ids of TotalSegmentator v2.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
+from organfast.errors import InputError
+from organfast.nifti import Geometry, corners_apart_mm, read_labels, write_labels, write_volume
+from organfast.volume import Volume
+
+__all__ = [
+    "Case",
+    "CaseLabels",
+    "Dataset",
+    "LabelMap",
+    "Masks",
+    "case_labels",
+    "dataset_classes",
+    "find_cases",
+    "write_case",
+]
+
+_SUFFIXES = (".nii.gz", ".nii")
+_LABEL_MAP_NAMES = ("labels", "segmentation", "segmentations")
+_LABEL_MAP_ENDINGS = ("_labels", "_seg")
+_VISCERAL = re.compile(
+    r"(?P<scan>(?P<patient>\d+)_\d+_CT[A-Za-z]*_[A-Za-z]+)(?:_(?P<radlex>\d+)_(?P<annotator>\d+))?"
+)
+_VISCERAL_DEPTH = 2
+_MAX_ID = 65_535
+# Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
+_CHUNK = 1 << 20
+# Writers round affines differently; a tenth of a voxel moves no label.
+_GRID_TOLERANCE = 0.1
+
+NamesOf = Callable[[Path], Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """One file in which every structure has its number.
+
+    Parameters
+    ----------
+    path : Path
+        The label map.
+    names : mapping of int to str
+        What each number means. A structure that is named but has no voxel is known to be absent.
+    """
+
+    path: Path
+    names: Mapping[int, str]
+
+    @property
+    def annotated(self) -> frozenset[str]:
+        """Names of the structures that the file would show if they were there."""
+        return frozenset(name for label, name in self.names.items() if label > 0)
+
+    @property
+    def zero_is_background(self) -> bool:
+        """Whether 0 is the outside of the body rather than all that has no label.
+
+        So it is only where the inside of the body has a label of its own.
+        """
+        context = {s.name for s in ClassTable.default().structures if s.role == "context"}
+        return self.names.get(0) == "background" and not context.isdisjoint(self.names.values())
+
+
+@dataclass(frozen=True)
+class Masks:
+    """One file per structure, non-zero inside it.
+
+    Parameters
+    ----------
+    paths : mapping of str to Path
+        Structure name (or RadLex id) -> file. A structure without a file is not annotated.
+    """
+
+    paths: Mapping[str, Path]
+
+    @property
+    def annotated(self) -> frozenset[str]:
+        """Names of the structures that have a file."""
+        return frozenset(self.paths)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled scan of a dataset; its voxels are read when they are needed.
+
+    Parameters
+    ----------
+    name : str
+        Unique in the dataset.
+    patient : str
+        The same for all scans of one person: what a split keeps together.
+    image : Path
+        The CT scan.
+    labels : LabelMap or Masks
+        Where its structures are.
+    """
+
+    name: str
+    patient: str
+    image: Path
+    labels: LabelMap | Masks
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a folder of labelled scans holds.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it lies.
+    layout : str
+        "totalsegmentator", "visceral" or "pairs".
+    cases : tuple of Case
+        Sorted by name.
+    skipped : tuple of str
+        Scans without labels, by name.
+    """
+
+    folder: Path
+    layout: str
+    cases: tuple[Case, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Each patient once, sorted."""
+        return tuple(sorted({case.patient for case in self.cases}))
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """Names that some case annotates, sorted; see ``ClassTable.from_names``."""
+        annotated = frozenset[str]().union(*(case.labels.annotated for case in self.cases))
+        return tuple(sorted(annotated))
+
+
+@dataclass(frozen=True, eq=False)
+class CaseLabels:
+    """The labels of a case as classes of a table.
+
+    Parameters
+    ----------
+    labels : (n_a, n_b, n_c) uint8 or uint16
+        Axes as stored by the image. A class of the table, or ``unlabelled``: nothing is said of
+        the voxel, or a structure that the table does not have. Outside the body such a voxel is
+        background, inside it the table's context class, if ``missing`` holds no organ.
+    missing : frozenset of int
+        Classes the case does not annotate: that they have no voxel means nothing. The background
+        and the table's context class, which are what the others leave, are never among them.
+    warnings : tuple of str
+        What is doubtful, such as masks that overlap.
+    """
+
+    labels: NDArray[Any]
+    missing: frozenset[int]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def unlabelled(self) -> int:
+        """The value of voxels without a label: the greatest of the dtype, never a class."""
+        return int(np.iinfo(self.labels.dtype).max)
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
+    """List the labelled scans of a folder.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        Root of the dataset.
+    layout : {"auto", "totalsegmentator", "visceral", "pairs"}
+        How the files are arranged; "auto" finds out.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be listed, holds no labelled scan or several layouts, or a label table is
+        broken.
+    ValueError
+        The layout is unknown.
+    """
+    if layout != "auto" and layout not in _FINDERS:
+        raise ValueError(f"layout {layout!r} is unknown; use auto, {', '.join(_FINDERS)}")
+    folder = Path(folder)
+    names_of = _label_names(folder)
+    tried = _FINDERS if layout == "auto" else {layout: _FINDERS[layout]}
+    found = {name: find(folder, names_of) for name, find in tried.items()}
+    datasets = [Dataset(folder, name, *lists) for name, lists in found.items() if lists[0]]
+    if len(datasets) > 1:
+        names = " and ".join(dataset.layout for dataset in datasets)
+        raise InputError(folder, f"holds cases of the layouts {names}", "name the one to use")
+    if not datasets:
+        raise InputError(
+            folder,
+            "holds no labelled scan",
+            "give NAME.nii.gz with NAME_labels.nii.gz, sub-folders with ct.nii.gz and labels, "
+            "or VISCERAL's file names",
+        )
+    return datasets[0]
+
+
+_Found = tuple[tuple[Case, ...], tuple[str, ...]]
+
+
+def _find_totalsegmentator(folder: Path, names_of: NamesOf) -> _Found:
+    cases, skipped = [], []
+    for name, subject in sorted(_list(folder)[1].items()):
+        files, folders = _list(subject)
+        if "ct" not in files:
+            continue
+        labels = _subject_labels(subject, files, folders, names_of)
+        if labels is None:
+            skipped.append(name)
+        else:
+            cases.append(Case(name, name, files["ct"], labels))
+    return tuple(cases), tuple(skipped)
+
+
+def _subject_labels(
+    subject: Path, files: Mapping[str, Path], folders: Mapping[str, Path], names_of: NamesOf
+) -> LabelMap | Masks | None:
+    """A label map in the subject's folder, else its folder of masks."""
+    maps = [p for s, p in files.items() if s in _LABEL_MAP_NAMES or s.endswith(_LABEL_MAP_ENDINGS)]
+    if len(maps) > 1:
+        raise _several(subject, maps)
+    if maps:
+        return LabelMap(maps[0], names_of(maps[0]))
+    masks = _list(folders["segmentations"])[0] if "segmentations" in folders else {}
+    return Masks(masks) if masks else None
+
+
+def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
+    del names_of  # the RadLex id in a mask's name says what it is
+    images: dict[str, Path] = {}
+    patients: dict[str, str] = {}
+    masks: dict[str, dict[str, tuple[int, Path]]] = {}
+    for stem, path in _walk(folder, _VISCERAL_DEPTH):
+        match = _VISCERAL.fullmatch(stem)
+        if match is None:
+            continue
+        scan, radlex = match["scan"], match["radlex"]
+        patients[scan] = match["patient"]
+        if radlex is None:
+            if scan in images:
+                raise _several(folder, [images[scan], path])
+            images[scan] = path
+            continue
+        annotated = (int(match["annotator"]), path)
+        of_scan = masks.setdefault(scan, {})
+        # Where several people drew a structure, the first annotator's mask counts.
+        of_scan[radlex] = min(annotated, of_scan.get(radlex, annotated))
+    cases = tuple(
+        Case(
+            scan,
+            patients[scan],
+            image,
+            Masks({radlex: path for radlex, (_, path) in sorted(masks[scan].items())}),
+        )
+        for scan, image in sorted(images.items())
+        if scan in masks
+    )
+    return cases, tuple(sorted(set(images) - set(masks)))
+
+
+def _find_pairs(folder: Path, names_of: NamesOf) -> _Found:
+    files = _list(folder)[0]
+    labelled: dict[str, Path] = {}
+    for stem, path in files.items():
+        for ending in _LABEL_MAP_ENDINGS:
+            image = stem.removesuffix(ending)
+            if stem.endswith(ending) and image in files:
+                if image in labelled:
+                    raise _several(folder, [labelled[image], path])
+                labelled[image] = path
+    cases = tuple(
+        Case(name, name, files[name], LabelMap(path, names_of(path)))
+        for name, path in sorted(labelled.items())
+    )
+    label_maps = set(labelled.values())
+    alone = [s for s, p in files.items() if s not in labelled and p not in label_maps]
+    return cases, tuple(sorted(alone))
+
+
+_FINDERS: dict[str, Callable[[Path, NamesOf], _Found]] = {
+    "visceral": _find_visceral,
+    "totalsegmentator": _find_totalsegmentator,
+    "pairs": _find_pairs,
+}
+
+
+def _several(folder: Path, paths: Iterable[Path]) -> InputError:
+    names = " and ".join(sorted(os.path.relpath(path, folder) for path in paths))
+    return InputError(folder, f"holds {names} for one scan", "leave one of them")
+
+
+def _list(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """NIfTI files by their names without ending, and sub-folders by name; hidden ones left out."""
+    files: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                suffix = next((s for s in _SUFFIXES if entry.name.endswith(s)), None)
+                if entry.name.startswith("."):
+                    continue
+                if suffix is not None:
+                    files.setdefault(entry.name.removesuffix(suffix), folder / entry.name)
+                elif entry.is_dir():
+                    folders[entry.name] = folder / entry.name
+    except OSError as error:
+        raise InputError(
+            folder, f"cannot be listed ({error.strerror})", "give the folder of a dataset"
+        ) from None
+    return files, folders
+
+
+def _walk(folder: Path, depth: int) -> list[tuple[str, Path]]:
+    files, folders = _list(folder)
+    found = list(files.items())
+    if depth:
+        for sub_folder in folders.values():
+            found += _walk(sub_folder, depth - 1)
+    return found
+
+
+# --- label tables ---------------------------------------------------------------------------------
+
+
+def _label_names(dataset: Path) -> NamesOf:
+    """Where to look up the names of a label map: beside it, in the dataset, else the scheme."""
+    table = cache(_read_table)
+
+    def names_of(label_map: Path) -> Mapping[int, str]:
+        names = table(label_map.parent)
+        if names is None:
+            names = table(dataset)
+        return totalsegmentator_names() if names is None else names
+
+    return names_of
+
+
+def _read_table(folder: Path) -> Mapping[int, str] | None:
+    for name, parse in (("labels.csv", _parse_csv), ("labels.json", _parse_json)):
+        path = folder / name
+        try:
+            return _checked_names(parse(path.read_text(encoding="utf-8-sig")))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, csv.Error) as error:
+            raise InputError(
+                path, f"is no label table ({error})", "give columns id,name or a JSON object"
+            ) from None
+    return None
+
+
+def _parse_csv(text: str) -> list[tuple[Any, Any]]:
+    rows = csv.DictReader(text.splitlines())
+    if not {"id", "name"}.issubset(rows.fieldnames or ()):
+        raise ValueError("it lacks the columns id and name")
+    return [(row["id"], row["name"]) for row in rows]
+
+
+def _parse_json(text: str) -> list[tuple[Any, Any]]:
+    table = json.loads(text)
+    if isinstance(table, dict):
+        table = table.get("labels", table)
+    if not isinstance(table, dict):
+        raise ValueError("it is no JSON object")
+    if all(str(key).strip().isdecimal() for key in table):
+        return list(table.items())
+    return [(label, name) for name, label in table.items()]
+
+
+def _checked_names(rows: Iterable[tuple[Any, Any]]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for label_text, name_text in rows:
+        label, name = int(label_text), re.sub(r"[\s/\\]+", "_", str(name_text or "").strip())
+        if not 0 <= label <= _MAX_ID:
+            raise ValueError(f"id {label} is outside 0..{_MAX_ID}")
+        if label in names:
+            raise ValueError(f"id {label} stands twice")
+        if not name:
+            raise ValueError(f"id {label} has no name")
+        names[label] = name
+    if not names:
+        raise ValueError("it has no rows")
+    return names
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def dataset_classes(dataset: Dataset) -> ClassTable:
+    """The classes to learn from a dataset.
+
+    Those of the default table that some case annotates, with the context class; or, where the
+    dataset has none of the default organs, all structures under its own names.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Of ``find_cases``.
+
+    Raises
+    ------
+    InputError
+        The dataset names no structure.
+    """
+    default = ClassTable.default()
+    kinds = {case.labels.annotated for case in dataset.cases}
+    found = {s for s in default.structures for names in kinds if _is_annotated(s, names)}
+    if any(s.role == "organ" for s in found):
+        context = default.structures[default.context or 0]
+        return default.keep(s.name for s in {*found, context})
+    if not dataset.structures:
+        raise InputError(dataset.folder, "names no structure", "complete its label table")
+    return ClassTable.from_names(dataset.structures)
+
+
+def _is_annotated(structure: Structure, names: frozenset[str]) -> bool:
+    parts = structure.totalsegmentator
+    whole = bool(parts) and names.issuperset(parts)
+    return whole or not names.isdisjoint(structure.aliases)
+
+
+def _class_of(classes: ClassTable) -> dict[str, int]:
+    """Every name a dataset may use -> class; parts lead to their whole, own names come first."""
+    known = {s.name: label for label, s in enumerate(classes.structures)}
+    for label, s in enumerate(classes.structures):
+        for name in (*s.aliases, *s.totalsegmentator):
+            known.setdefault(name, label)
+    return known
+
+
+# --- labels of a case -----------------------------------------------------------------------------
+
+
+def case_labels(case: Case, classes: ClassTable, volume: Volume) -> CaseLabels:
+    """Read the labels of a case as classes, on the grid of its image.
+
+    Parameters
+    ----------
+    case : Case
+        Of ``find_cases``.
+    classes : ClassTable
+        Structures of the dataset find their class by name, RadLex id or TotalSegmentator name;
+        parts (the lobes of a lung) become their whole.
+    volume : Volume
+        The image of the case.
+
+    Returns
+    -------
+    CaseLabels
+        uint8 up to 255 classes, uint16 beyond.
+
+    Raises
+    ------
+    InputError
+        A label file cannot be read, lies on another grid than the image, holds a number without a
+        name or several values in a mask, or the case has no labelled voxel at all.
+    """
+    annotated = case.labels.annotated
+    missing = frozenset(
+        label
+        for label, s in enumerate(classes.structures)
+        if label not in (0, classes.context) and not _is_annotated(s, annotated)
+    )
+    dtype = np.dtype(np.uint8 if len(classes) <= np.iinfo(np.uint8).max else np.uint16)
+    if isinstance(case.labels, LabelMap):
+        return CaseLabels(_from_label_map(case.labels, classes, volume, dtype), missing)
+    labels, warnings = _from_masks(case.labels, classes, volume, dtype)
+    return CaseLabels(labels, missing, warnings)
+
+
+def _from_label_map(
+    label_map: LabelMap, classes: ClassTable, volume: Volume, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    stored = _read_on_grid(label_map.path, volume)
+    n_ids = np.iinfo(stored.dtype).max + 1
+    class_of = _class_of(classes)
+    table = np.full(n_ids, np.iinfo(dtype).max, dtype)
+    named = np.zeros(n_ids, bool)
+    named[0] = True
+    for number, name in label_map.names.items():
+        if number < n_ids:
+            table[number] = class_of.get(name, table[number])
+            named[number] = True
+    table[0] = 0 if label_map.zero_is_background else np.iinfo(dtype).max
+
+    labels = np.empty_like(stored, dtype)
+    counts = np.zeros(n_ids, np.int64)
+    n_slices = max(1, _CHUNK // stored[:, :, 0].size)
+    for k in range(0, stored.shape[2], n_slices):
+        part = stored[:, :, k : k + n_slices]
+        counts += np.bincount(part.ravel("K"), minlength=n_ids)
+        labels[:, :, k : k + n_slices] = table[part]
+    unknown = np.flatnonzero((counts > 0) & ~named)
+    if unknown.size:
+        raise InputError(
+            label_map.path,
+            f"holds label {unknown[0]}, which its label table does not name",
+            "name it in labels.csv (columns id,name) beside the file or in the dataset's folder",
+        )
+    if not counts[1:].any():
+        raise _nothing_labelled(label_map.path)
+    return labels
+
+
+def _from_masks(
+    masks: Masks, classes: ClassTable, volume: Volume, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], tuple[str, ...]]:
+    class_of = _class_of(classes)
+    unlabelled = np.iinfo(dtype).max
+    labels = np.full(volume.hu.shape, unlabelled, dtype, order="F")
+    warnings = []
+    wanted = sorted(
+        (class_of[name], path) for name, path in masks.paths.items() if name in class_of
+    )
+    for label, path in wanted:
+        inside = _read_mask(path, volume)
+        taken = labels[inside]
+        n_taken = np.count_nonzero((taken != unlabelled) & (taken != label))
+        if n_taken:
+            name = classes.structures[label].name
+            warnings.append(f"{path.name}: {n_taken} voxels had another label; {name} wins")
+        labels[inside] = label
+    if (labels == unlabelled).all():
+        others = set(masks.paths.values()) - {path for _, path in wanted}
+        if not any(_read_mask(path, volume).any() for path in sorted(others)):
+            raise _nothing_labelled(next(iter(masks.paths.values())).parent)
+    return labels, tuple(warnings)
+
+
+def _nothing_labelled(path: Path) -> InputError:
+    return InputError(path, "has no labelled voxel at all", "leave the case out, or label it")
+
+
+def _read_mask(path: Path, volume: Volume) -> NDArray[np.bool_]:
+    mask = _read_on_grid(path, volume)
+    inside: NDArray[np.bool_] = mask != 0
+    greatest = mask.max()
+    if np.count_nonzero(inside) != np.count_nonzero(mask == greatest) and greatest:
+        raise InputError(
+            path, "holds several labels, so it is no mask", "write one file per structure"
+        )
+    return inside
+
+
+def _read_on_grid(path: Path, volume: Volume) -> NDArray[Any]:
+    """Labels of a file that must lie on the grid of the volume."""
+    labels, affine = read_labels(path)
+    problem = ""
+    if labels.shape != volume.hu.shape:
+        shapes = ["×".join(map(str, shape)) for shape in (labels.shape, volume.hu.shape)]
+        problem = f"{shapes[0]} voxels, the image {shapes[1]}"
+    else:
+        apart = corners_apart_mm(labels.shape, affine, volume.affine)
+        if apart > _GRID_TOLERANCE * min(volume.working_spacing_mm):
+            problem = f"up to {apart:.3g} mm apart"
+    if problem:
+        raise InputError(
+            path, f"lies on another grid than its image: {problem}", "resample it onto the image"
+        )
+    return labels
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_case(
+    folder: str | PathLike[str],
+    name: str,
+    volume: Volume,
+    labels: NDArray[Any],
+    classes: ClassTable,
+) -> None:
+    """Add a case to a dataset: ``NAME/ct.nii.gz``, ``NAME/labels.nii.gz`` and ``labels.csv``.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        Root of the dataset; made where it does not exist.
+    name : str
+        Of the case.
+    volume : Volume
+        Its image.
+    labels : (n_a, n_b, n_c) uint8 or uint16
+        Class of each voxel, axes as stored by the volume.
+    classes : ClassTable
+        What the labels mean; the same for all cases of the dataset.
+
+    Raises
+    ------
+    InputError
+        Nothing can be written there, or the dataset has another label table.
+    ValueError
+        A label is not in the table, or the arrays do not fit each other.
+    """
+    if int(labels.max()) >= len(classes):
+        raise ValueError(f"label {labels.max()} is not in a table of {len(classes)} classes")
+    if labels.shape != volume.hu.shape:
+        raise ValueError(f"labels of shape {labels.shape} do not fit {volume.hu.shape} voxels")
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ValueError(f"case name {name!r} is no name for a folder; use one such as case_01")
+    folder = Path(folder)
+    table = "id,name\n" + "".join(f"{i},{s}\n" for i, s in enumerate(classes.names))
+    try:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        _write_table(folder / "labels.csv", table)
+    except OSError as error:
+        raise InputError(
+            folder, f"cannot be written ({error.strerror})", "give a folder with room to write in"
+        ) from None
+    # The image last: a folder without one is no case.
+    write_labels(folder / name / "labels.nii.gz", labels, Geometry.of_volume(volume))
+    write_volume(folder / name / "ct.nii.gz", volume)
+
+
+def _write_table(path: Path, text: str) -> None:
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise InputError(path, "names other labels", "write the case to a folder of its own")
+        return
+    beside = path.with_name(f".organfast-{secrets.token_hex(8)}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
