@@ -7,6 +7,7 @@ convolutions, into the caller's buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.grid import BlockGrid
+from organfast.grid import BlockGrid, check_hu
+from organfast.kernels import gather as kernels
+from organfast.volume import AIR_HU
 
 __all__ = [
     "Block",
@@ -124,11 +127,6 @@ class Block:
         return Block(content["size"], content["levels"], content["slices"])
 
 
-def pattern_from_dict(content: Mapping[str, Any]) -> Block:
-    """The pattern that ``to_dict`` described."""
-    return Block.from_dict(content)
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
@@ -143,24 +141,97 @@ def _odd(name: str, value: int) -> int:
     return int(value)
 
 
-def block_views(
-    array: NDArray[np.int16], size: int, stride: int | tuple[int, ...]
-) -> NDArray[np.int16]:
-    """Blocks of a slice or a volume, without a copy."""
-    strides = (1,) * (array.ndim - 2) + (stride, stride) if isinstance(stride, int) else stride
-    half = size // 2
-    grid = BlockGrid((1,) * (3 - array.ndim) + array.shape, (1,) * (3 - array.ndim) + strides)
-    at = []
-    for n, centres in zip(array.shape[-2:], grid.centres[1:], strict=True):
-        inside = centres[(centres >= half) & (centres < n - half)]
-        start = int(inside[0]) - half if len(inside) else 0
-        at.append((start, len(inside)))
+def pattern_from_dict(content: Mapping[str, Any]) -> Block:
+    """The pattern whose ``to_dict`` gave this, checked as if it came from a tampered file.
+
+    Parameters
+    ----------
+    content : mapping
+        As read from JSON.
+
+    Returns
+    -------
+    Block
+
+    Raises
+    ------
+    ValueError
+        The content describes no pattern.
+
+    >>> pattern_from_dict(Block(63).to_dict()) == Block(63)
+    True
+    """
+    kind = content.get("kind") if isinstance(content, Mapping) else None
+    if kind != "block":
+        raise ValueError(f"pattern kind is {kind!r}; this version reads 'block'")
+    return Block.from_dict(content)
+
+
+def block_views(array: NDArray[Any], size: int, stride: int | tuple[int, ...]) -> NDArray[Any]:
+    """Blocks of a slice or of every slice of a volume, without a copy.
+
+    They stand about those centres of the :class:`BlockGrid` of this shape and stride whose blocks
+    lie wholly inside. A centre nearer than ``size // 2`` to a side has no view;
+    :func:`gather_blocks` reads air there. ::
+
+        512 pixels, size = stride = 33:   centres 16, 49, .. 478, 511    views of the first 15
+        512 pixels, size = stride = 63:   centres 31, 94, .. 472         views of all 8
+
+    Parameters
+    ----------
+    array : (R, C) or (K, R, C)
+        Any memory order.
+    size : int
+        Voxels along each side of a block, odd.
+    stride : int or tuple of int
+        Voxels between centres, one number per axis of ``array``; an int is for rows and columns,
+        with every slice visited.
+
+    Returns
+    -------
+    (n_rows, n_cols, size, size) or (n_k, n_rows, n_cols, size, size)
+        A read-only view.
+
+    Raises
+    ------
+    ValueError
+        The array has another number of axes, the size is even, or the stride does not fit.
+
+    >>> block_views(np.zeros((512, 512), np.int16), 63, 63).shape
+    (8, 8, 63, 63)
+    """
+    size = _odd("block size", size)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"array has {array.ndim} axes; give a slice (R, C) or a volume (K, R, C)")
+    grid = _block_grid(array.shape, stride)
+    if size > min(array.shape[-2:]):
+        n_inside = grid.shape[3 - array.ndim : 1]
+        return np.empty((*n_inside, 0, 0, size, size), array.dtype)
     windows = np.lib.stride_tricks.sliding_window_view(array, (size, size), axis=(-2, -1))
-    rows = slice(at[0][0], at[0][0] + max(0, (at[0][1] - 1) * strides[-2] + 1), strides[-2])
-    cols = slice(at[1][0], at[1][0] + max(0, (at[1][1] - 1) * strides[-1] + 1), strides[-1])
-    if array.ndim == 2:
-        return windows[rows, cols]
-    return windows[grid.centres[0][0] :: strides[0], rows, cols]
+    half = size // 2
+    chosen = [
+        _as_slice(centres[(centres >= margin) & (centres < n - margin)] - margin, step)
+        for centres, n, step, margin in zip(
+            grid.centres, grid.volume_shape, grid.stride, (0, half, half), strict=True
+        )
+    ]
+    return windows[tuple(chosen[3 - array.ndim :])]
+
+
+def _block_grid(shape: tuple[int, ...], stride: int | tuple[int, ...]) -> BlockGrid:
+    """The block grid of a slice (as a volume of one) or a volume."""
+    missing = (1,) * (3 - len(shape))
+    if _is_int(stride):
+        strides: tuple[int, ...] = (1, stride, stride)  # type: ignore[assignment]  # an int
+    else:
+        strides = missing + tuple(stride)  # type: ignore[arg-type]  # a tuple
+    return BlockGrid(missing + shape, strides)  # type: ignore[arg-type]  # checked there
+
+
+def _as_slice(starts: NDArray[np.int32], step: int) -> slice:
+    if len(starts) == 0:
+        return slice(0, 0)
+    return slice(int(starts[0]), int(starts[-1]) + 1, step)
 
 
 def gather_blocks(
@@ -170,22 +241,91 @@ def gather_blocks(
     window: tuple[float, float] | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Blocks of a slice or a volume, copied as float32."""
-    if isinstance(centres, int):
-        grid = BlockGrid((1,) * (3 - array.ndim) + array.shape, (1, centres, centres))
-        mesh = np.meshgrid(*grid.centres[3 - array.ndim :], indexing="ij")
-        centres = np.stack(mesh, -1).reshape(-1, array.ndim)
-    half = size // 2
-    pad = [(0, 0)] * (array.ndim - 2) + [(half, half)] * 2
-    padded = np.pad(np.maximum(array, -1024), pad, constant_values=-1024)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(-2, -1))
-    found = windows[tuple(centres.T)].astype(np.float32)
-    if window is not None:
-        lo, hi = window
-        found = np.clip((found - np.float32(lo)) / np.float32(hi - lo), 0, 1)
+    """Blocks of a slice or a volume copied as float32: the one place where HU become inputs.
+
+    Training and inference both come through here, so that they cannot scale differently. HU below
+    -1024 are air, and so is everything beyond the sides of the slice. Chunks whose ``out`` is at
+    most 2 MB stay in the processor's cache: reuse such a buffer.
+
+    Parameters
+    ----------
+    array : (R, C) or (K, R, C) int16, HU
+        Any memory order.
+    centres : int or (n, 2) or (n, 3) int
+        Positions in the array, (i, j) or (k, i, j), inside it; or a stride: all positions of the
+        :class:`BlockGrid`, in memory order.
+    size : int
+        Voxels along each side of a block, odd.
+    window : (low, high) float, HU, optional
+        ``clip((hu - low) / (high - low), 0, 1)`` is given instead of HU.
+    out : (n, size, size) float32, optional
+        C-contiguous buffer to write and return.
+
+    Returns
+    -------
+    (n, size, size) float32
+
+    Raises
+    ------
+    ValueError
+        An argument does not fit the others.
+
+    >>> gather_blocks(np.full((512, 512), 40, np.int16), 33, 33, window=(-160, 240)).shape
+    (256, 33, 33)
+    """
+    size = _odd("block size", size)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"array has {array.ndim} axes; give a slice (R, C) or a volume (K, R, C)")
+    check_hu("array", array, array.ndim)
+    volume = array[None] if array.ndim == 2 else array
+    positions = _positions(array.shape, centres)
+    out = _buffer(out, (len(positions), size, size))
+    kernels.gather_blocks(volume, positions, *_scaling(window), out)
+    return out
+
+
+def _scaling(window: tuple[float, float] | None) -> tuple[float, float, float, float]:
+    """(low, scale, least, most) of ``clip((hu - low) * scale, least, most)``."""
+    if window is None:
+        return 0.0, 1.0, -math.inf, math.inf
+    low, high = (float(edge) for edge in window)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"window is {window!r}; give (low, high) HU with low < high")
+    return low, 1 / (high - low), 0.0, 1.0
+
+
+def _positions(shape: tuple[int, ...], centres: int | NDArray[np.integer]) -> NDArray[np.int32]:
+    """(n, 3) int32 (k, i, j), C-contiguous, inside the shape."""
+    if _is_int(centres):
+        grid = _block_grid(shape, centres)  # type: ignore[arg-type]  # an int
+        mesh = np.meshgrid(*grid.centres, indexing="ij")
+        return np.stack(mesh, axis=-1).reshape(-1, 3)
+    given = np.asarray(centres)
+    if given.ndim != 2 or given.shape[1] != len(shape) or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"centres is {given.dtype} of shape {given.shape}; give a stride, or integers "
+            f"(n, {len(shape)})"
+        )
+    outside = ((given < 0) | (given >= shape)).any(axis=1)
+    if outside.any():
+        raise ValueError(f"centre {given[outside][0].tolist()} is not inside shape {shape}")
+    positions = np.zeros((len(given), 3), np.int32)
+    positions[:, 3 - len(shape) :] = given
+    return positions
+
+
+def _buffer(out: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if out is None:
-        return found
-    out[:] = found
+        return np.empty(shape, np.float32)
+    if (
+        out.shape != shape
+        or out.dtype != np.float32
+        or not (out.flags.c_contiguous and out.flags.writeable)
+    ):
+        raise ValueError(
+            f"out is {out.dtype} of shape {out.shape}; give writeable, C-contiguous float32 of "
+            f"shape {shape}"
+        )
     return out
 
 
@@ -195,20 +335,46 @@ def gather_features(
     positions: NDArray[np.int32],
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Features of a pattern at positions of a slab.
+    """Features of a pattern at positions of a slab: what a forest is trained on.
 
     Parameters
     ----------
     slab : (L, K, R, C) int16
-        From ``levels_slab``, any strides.
-    offsets : (n_features, 4) int32
-        A pattern's.
-    positions : (n, 3) int32
-        (k, i, j) in the slab, its padding included.
+        From ``levels_slab``; any strides.
+    offsets : (n_features, 4) int
+        A pattern's (level index, dk, di, dj).
+    positions : (n, 3) int
+        (k, i, j) in the slab, its padding included; each read must lie inside.
     out : (n, n_features) float32, optional
-        Written and returned.
+        C-contiguous buffer to write and return.
+
+    Returns
+    -------
+    (n, n_features) float32
+        ``slab[level, k + dk, i + di, j + dj]``.
+
+    Raises
+    ------
+    ValueError
+        An argument does not fit, or a read lies outside the slab.
     """
-    found = np.empty((len(positions), len(offsets)), np.float32) if out is None else out
-    at = positions[:, None, :] + offsets[None, :, 1:]
-    found[:] = slab[offsets[:, 0], at[..., 0], at[..., 1], at[..., 2]]
-    return found
+    check_hu("slab", slab, 4)
+    reads, starts = np.asarray(offsets), np.asarray(positions)
+    if reads.ndim != 2 or reads.shape[1] != 4 or reads.dtype.kind not in "iu":
+        raise ValueError(f"offsets is {reads.dtype} of shape {reads.shape}; give int (n, 4)")
+    if starts.ndim != 2 or starts.shape[1] != 3 or starts.dtype.kind not in "iu":
+        raise ValueError(f"positions is {starts.dtype} of shape {starts.shape}; give int (n, 3)")
+    reads, starts = reads.astype(np.int64), starts.astype(np.int64)
+    out = _buffer(out, (len(starts), len(reads)))
+    if out.size == 0:
+        return out
+    first, last = reads.min(axis=0), reads.max(axis=0)
+    first[1:] += starts.min(axis=0)
+    last[1:] += starts.max(axis=0)
+    if (first < 0).any() or (last >= slab.shape).any():
+        raise ValueError(
+            f"positions and offsets read (level, k, i, j) from {first.tolist()} to "
+            f"{last.tolist()}, outside a slab of shape {slab.shape}"
+        )
+    kernels.gather_features(slab, starts @ slab.strides[1:], reads @ slab.strides, out)
+    return out

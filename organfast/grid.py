@@ -158,7 +158,7 @@ class GridVolume:
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_hu("hu", self.hu, 3)
+        check_hu("hu", self.hu, 3)
         named = hu_lookup(self.hu_table)
         if self.table is not None and not np.array_equal(self.table, named):
             raise ValueError(f"table is not the HU table {self.hu_table!r}; use hu_lookup")
@@ -529,7 +529,8 @@ def _three(values: Iterable[float]) -> tuple[float, float, float]:
     return k, i, j
 
 
-def _check_hu(name: str, hu: NDArray[np.int16], ndim: int) -> None:
+def check_hu(name: str, hu: NDArray[np.int16], ndim: int) -> None:
+    """Raise ValueError unless ``hu`` is what the kernels read: non-empty, aligned int16."""
     if hu.ndim != ndim or hu.dtype != np.int16 or 0 in hu.shape or not hu.flags.aligned:
         raise ValueError(
             f"{name} is {hu.dtype} of shape {hu.shape}; give non-empty, aligned int16 with "

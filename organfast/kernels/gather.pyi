@@ -8,7 +8,6 @@ def gather_blocks(
     scale: float,
     least: float,
     most: float,
-    air: float,
     out: NDArray[np.float32],
 ) -> None: ...
 def gather_features(

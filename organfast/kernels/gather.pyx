@@ -33,13 +33,12 @@ def gather_blocks(
     float scale,
     float least,
     float most,
-    float air,
     float[:, :, ::1] out,
 ):
-    """Blocks around (k, i, j) centres: ``clip((hu - lo) * scale, least, most)``.
+    """Blocks around (k, i, j) centres: ``clip((max(hu, -1024) - lo) * scale, least, most)``.
 
     ``hu`` (K, R, C); ``centres`` (n, 3) inside it; ``out`` (n, size, size), size odd. Blocks may
-    stick out of the slice and hold ``air`` there.
+    stick out of the slice and read -1024 there. ``scale`` > 0, ``least`` < ``most``.
     """
     cdef gather_source source
     cdef gather_window window
@@ -48,7 +47,11 @@ def gather_blocks(
     source.data = <const char *>&hu[0, 0, 0]
     source.slice, source.row, source.col = hu.strides[0], hu.strides[1], hu.strides[2]
     source.n_rows, source.n_cols = hu.shape[1], hu.shape[2]
-    window.lo, window.scale, window.least, window.most, window.air = lo, scale, least, most, air
+    window.lo, window.scale, window.most = lo, scale, most
+    # The scaling is monotone: no value may come out below that of air.
+    window.air = (<float>-1024 - lo) * scale
+    window.air = least if window.air < least else most if window.air > most else window.air
+    window.least = window.air
     with nogil:
         gather_squares(source, &centres[0, 0], out.shape[0], out.shape[1], window, &out[0, 0, 0])
 
