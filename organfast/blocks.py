@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from organfast.grid import BlockGrid, check_hu
 from organfast.kernels import gather as kernels
-from organfast.volume import AIR_HU
 
 __all__ = [
     "Block",
