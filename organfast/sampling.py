@@ -7,7 +7,7 @@ blocks of one patient on one side of every split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.anatomy import ClassTable
+from organfast.blocks import gather_features
+from organfast.body import body_voxels
 from organfast.errors import InputError
+from organfast.grid import (
+    GridVolume,
+    ModelGrid,
+    Pattern,
+    levels_slab,
+    resample_labels,
+    to_model_grid,
+)
+from organfast.layouts import Case, CaseLabels, case_labels
+from organfast.nifti import read_volume
 
-__all__ = ["Split", "sample_positions", "split_patients"]
+__all__ = [
+    "Examples",
+    "Split",
+    "draw_examples",
+    "features_at",
+    "sample_positions",
+    "slabs_at",
+    "split_patients",
+]
 
 
 @dataclass(frozen=True)
@@ -179,3 +200,128 @@ def _voxels_of_rank(
         local = ranks[chosen] - (ends[k] - counts[k])
         found[chosen] = np.stack([np.full(len(local), k), rows[local], columns[local]], axis=1)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Labelled positions of one case, and the scan they lie in.
+
+    Parameters
+    ----------
+    grid_volume : GridVolume
+        The scan on the model grid.
+    positions : (n, 3) int32
+        (k, i, j) voxels of the model grid.
+    labels : (n,) int64
+        Class of each position.
+    warnings : tuple of str
+        What is doubtful in the case's labels.
+    """
+
+    grid_volume: GridVolume
+    positions: NDArray[np.int32]
+    labels: NDArray[np.int64]
+    warnings: tuple[str, ...] = ()
+
+
+def draw_examples(
+    case: Case, classes: ClassTable, grid: ModelGrid, n_per_class: int, seed: Sequence[int]
+) -> Examples:
+    """Read a case and draw balanced labelled positions from it.
+
+    Voxels without a label are background outside the body. Inside it they are the table's context
+    class, but only where the case annotates every organ of the table: an organ that nobody drew is
+    not context.
+
+    Parameters
+    ----------
+    case : Case
+        Of ``find_cases``.
+    classes : ClassTable
+        Classes to draw.
+    grid : ModelGrid
+        Where positions lie.
+    n_per_class : int
+        Most positions per class.
+    seed : sequence of int
+        Seed of ``numpy.random.default_rng``.
+
+    Raises
+    ------
+    InputError
+        The scan or its labels cannot be used.
+    """
+    volume = read_volume(case.image)
+    labelled = case_labels(case, classes, volume)
+    grid_volume = to_model_grid(volume, grid)
+    labels = resample_labels(volume.orientation.working(labelled.labels), grid_volume)
+    labels = _with_context(labels, labelled, classes, grid_volume)
+    positions, drawn = sample_positions(labels, range(len(classes)), n_per_class, seed)
+    return Examples(grid_volume, positions, drawn, labelled.warnings)
+
+
+def _with_context(
+    labels: NDArray[np.unsignedinteger],
+    labelled: CaseLabels,
+    classes: ClassTable,
+    grid_volume: GridVolume,
+) -> NDArray[np.unsignedinteger]:
+    """Labels on the model grid, the unlabelled voxels told apart by the body mask."""
+    unlabelled = labels == labelled.unlabelled
+    if not unlabelled.any():
+        return labels
+    body = body_voxels(grid_volume)
+    resolved = np.where(unlabelled & ~body, labels.dtype.type(0), labels)
+    if classes.context is not None and not labelled.missing & set(classes.organs):
+        resolved[unlabelled & body] = classes.context
+    return resolved
+
+
+def slabs_at(
+    grid_volume: GridVolume, pattern: Pattern, positions: NDArray[np.int32]
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int16], NDArray[np.int32]]]:
+    """Levels around scattered positions, one slice of positions after the other.
+
+    Parameters
+    ----------
+    grid_volume : GridVolume
+        The scan on the model grid.
+    pattern : Pattern
+        What is read around a position.
+    positions : (n, 3) int32
+        (k, i, j) voxels of the model grid.
+
+    Yields
+    ------
+    rows : (m,) intp
+        Which of the positions lie in this slice.
+    slab : (L, K, R, C) int16
+        As ``levels_slab`` makes it.
+    local : (m, 3) int32
+        Those positions in the slab, its padding included.
+    """
+    reach = np.array(pattern.reach, np.int32)
+    for k in np.unique(positions[:, 0]):
+        rows = np.flatnonzero(positions[:, 0] == k)
+        local = positions[rows] - np.array([k, 0, 0], np.int32) + reach
+        yield rows, levels_slab(grid_volume, pattern, int(k), int(k) + 1), local
+
+
+def features_at(
+    grid_volume: GridVolume, pattern: Pattern, positions: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Features of a pattern at scattered positions, (n, n_features) float32, copied.
+
+    Parameters
+    ----------
+    grid_volume : GridVolume
+        The scan on the model grid.
+    pattern : Pattern
+        What is read around a position.
+    positions : (n, 3) int32
+        (k, i, j) voxels of the model grid.
+    """
+    features = np.empty((len(positions), pattern.n_features), np.float32)
+    for rows, slab, local in slabs_at(grid_volume, pattern, positions):
+        features[rows] = gather_features(slab, pattern.offsets, local)
+    return features

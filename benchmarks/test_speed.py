@@ -1,0 +1,49 @@
+"""pytest-benchmark cases: ``pytest benchmarks/test_speed.py --benchmark-only``.
+
+Ratios against peers are what counts, and ``organfast bench`` prints them; here our side alone is
+timed, by block size, stride and threads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from organfast.bench import (
+    SIZES,
+    enlargement_case,
+    forest_case,
+    gather_case,
+    in_threads,
+    load_case,
+)
+
+THREADS = pytest.mark.parametrize("threads", [1, 2])
+
+
+@THREADS
+@pytest.mark.parametrize("stride", [33, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_gather(benchmark: Any, size: int, stride: int, threads: int) -> None:
+    benchmark(in_threads(partial(gather_case, size, stride), threads).ours)
+
+
+@THREADS
+@pytest.mark.parametrize("stride", [33, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_forest(benchmark: Any, size: int, stride: int, threads: int) -> None:
+    benchmark(in_threads(partial(forest_case, size, stride), threads).ours)
+
+
+@THREADS
+@pytest.mark.parametrize("blocks", [8, 16, 64, 128])
+def test_enlarge(benchmark: Any, blocks: int, threads: int) -> None:
+    benchmark(in_threads(partial(enlargement_case, 23, blocks, 512), threads).ours)
+
+
+@THREADS
+@pytest.mark.parametrize("slices", [50, 300])
+def test_load(benchmark: Any, slices: int, threads: int) -> None:
+    benchmark(in_threads(partial(load_case, (512, 512, slices)), threads).ours)

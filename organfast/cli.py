@@ -1,0 +1,531 @@
+"""The command line: reads arguments, calls the library, prints. Nothing imports it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from organfast.errors import InputError
+
+if TYPE_CHECKING:
+    from organfast.anatomy import ClassTable
+    from organfast.layouts import Dataset
+    from organfast.models.classifier import Model
+    from organfast.organs import Organ
+    from organfast.pipeline import Progress, Settings
+    from organfast.results import Result
+
+EXIT_INPUT, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
+
+app = typer.Typer(
+    name="organfast",
+    help=(
+        "Learn organs from a few labelled CT scans, then find, locate and segment them in new ones."
+        "\n\nExit codes: 0 done, 1 input that cannot be used, 2 wrong usage, 3 some scans of "
+        "several failed.\n\nResearch use only: not a medical device."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Scans = Annotated[
+    list[Path],
+    typer.Option("-i", "--input", help="A scan (.nii, .nii.gz) or a folder of scans; repeatable."),
+]
+ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
+Stride = Annotated[
+    str | None,
+    typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one line on standard error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        app(arguments, standalone_mode=True)
+    except InputError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return EXIT_INPUT
+    except ValueError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return EXIT_USAGE
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_INPUT
+    return 0
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Flags of the program itself; each command has a --help of its own."""
+    if version:
+        from organfast import __version__
+
+        print(f"organfast {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to fill.")] = Path("demo"),
+    patients: Annotated[int, typer.Option(min=1, help="Phantom patients to paint.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the cohort and of the forest.")] = 0,
+    threads: Threads = 2,
+) -> None:
+    """Paint a phantom cohort, learn from it, segment a scan that was not in it. Works offline."""
+    from organfast.demo import run_demo
+
+    with _progress() as progress:
+        scores = run_demo(out, patients, seed, threads=threads, progress=progress)
+    rows = [
+        (s.name, f"{s.volume_ml:.0f}", _number(s.dice, 2), _number(s.centre_error_mm, 0))
+        for s in scores
+    ]
+    _table(("organ", "volume ml", "Dice", "centre off by mm"), rows)
+    dice = [s.dice for s in scores if not math.isnan(s.dice)]
+    print(
+        f"\nOne phantom patient who was not in training: mean Dice {sum(dice) / len(dice):.2f} of"
+    )
+    print(f"{len(dice)} organs. Phantoms are made up: this says nothing of real scans. Look at")
+    for name in ("segmented/overlay.png", "segmented/probabilities/liver.png", "segmented"):
+        print(f"  {out / name}")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="Folder of labelled scans.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    block_size: Annotated[int, typer.Option(help="Side of the block, odd, in voxels.")] = 33,
+    levels: Annotated[
+        str, typer.Option(help="Widths of the box averages that the block is read from.")
+    ] = "1",
+    slices: Annotated[int, typer.Option(help="Slices in a block, odd.")] = 1,
+    spacing: Annotated[
+        str, typer.Option(help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels.")
+    ] = "1.5,1.5,3",
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="`default` (the 23 that the dataset has), `dataset` (all it labels), or a CSV."
+        ),
+    ] = "default",
+    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    split: Annotated[
+        Path | None, typer.Option(help="JSON of patients: train, validation, test.")
+    ] = None,
+    n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
+    trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
+    forest: Annotated[str, typer.Option(help="random_forest or extra_trees.")] = "random_forest",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a model from a folder of labelled scans, and score it on patients held out."""
+    from organfast.blocks import Block
+    from organfast.grid import ModelGrid
+    from organfast.layouts import find_cases
+    from organfast.models.classifier import save_model
+    from organfast.models.forest import ForestSettings
+    from organfast.pipeline import Recipe
+    from organfast.pipeline import train as learn
+    from organfast.sampling import Split
+
+    pattern = Block(block_size, levels=_integers("--levels", levels), slices=slices)
+    found = find_cases(dataset, layout)
+    spacing_mm = None if spacing == "native" else _three_lengths(spacing)
+    recipe = Recipe(
+        grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
+        n_per_class=n_per_class,
+        forest=ForestSettings(kind=forest, n_trees=trees, seed=seed),
+        classes=_classes(classes, found),
+        split=None if split is None else Split.read(split),
+        seed=seed,
+    )
+    _check_writable(out)
+    with _progress() as progress:
+        model = learn(found, pattern, recipe, threads=threads, progress=progress)
+    save_model(model, out)
+    if as_json:
+        _json({"model": str(out), "digest": model.digest, **_described(model)})
+        return
+    _describe(model)
+    print(f"wrote {out}")
+
+
+@app.command()
+def segment(
+    scans: Scans,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="A folder, or NAME.nii.gz for one label map alone."),
+    ],
+    model: ModelFile,
+    organs: Annotated[
+        str | None, typer.Option(help="Organs to keep, parted by commas. Default: all.")
+    ] = None,
+    stride: Stride = None,
+    keep: Annotated[
+        str, typer.Option(help="Components of an organ to keep: largest, dust (all but), none.")
+    ] = "largest",
+    fill_holes: Annotated[bool, typer.Option(help="Fill holes inside organs.")] = True,
+    body_mask: Annotated[bool, typer.Option(help="Look only inside the body.")] = True,
+    context: Annotated[
+        bool, typer.Option("--context", help="Leave the context classes in the label map.")
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write a full-size map per organ kept.")
+    ] = False,
+    preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Segment scans: label map, organs, pictures. One scan fills OUT, several a folder each."""
+    from organfast.models.classifier import load_model
+    from organfast.pipeline import Settings
+    from organfast.segmentation import Cleaning
+
+    loaded = load_model(model)
+    names = None if organs is None else tuple(organs.split(","))
+    wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
+    for name in wanted:
+        loaded.classes.index(name)
+    kept = wanted if probabilities else ()
+    settings = Settings(
+        stride=_stride(stride),
+        organs=names,
+        cleaning=Cleaning(keep=keep, fill_holes=fill_holes),  # type: ignore[arg-type]  # checked
+        body_mask=body_mask,
+        keep_context=context,
+        probabilities=kept,
+    )
+    targets = _targets(scans, out)
+
+    def save(result: Result, target: Path) -> None:
+        result.save(target, preview=preview, probabilities=kept)
+
+    failed = _segment_all(targets, loaded, settings, save, threads=threads, as_json=as_json)
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED if failed < len(targets) else EXIT_INPUT)
+
+
+@app.command()
+def locate(
+    scan: Annotated[Path, typer.Option("-i", "--input", help="A scan (.nii, .nii.gz).")],
+    model: ModelFile,
+    stride: Stride = None,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Say where each organ is, from half as many positions as segmenting asks for."""
+    from organfast.organs import organs_json
+    from organfast.pipeline import Settings
+    from organfast.pipeline import locate as find
+
+    organs = find(scan, model, Settings(stride=_stride(stride)), threads=threads)
+    if as_json:
+        print(organs_json(organs), end="")
+        return
+    _organ_table(organs.values())
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A .organfast model, or a folder of scans.")],
+    as_json: AsJson = False,
+) -> None:
+    """Describe a model, or list what is recognised in a dataset."""
+    if path.is_dir():
+        described = _described_dataset(path)
+    else:
+        from organfast.models.classifier import load_model
+
+        model = load_model(path)
+        described = {"digest": model.digest, **_described(model)}
+    if as_json:
+        _json(described)
+        return
+    for key, value in described.items():
+        print(f"{key:12}  {_plain(value)}")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the kernels against their peers on this machine, as ratios."""
+    from organfast.bench import CASES, compare
+
+    comparisons = []
+    with _progress() as progress:
+        for number, build in enumerate(CASES.values()):
+            progress("timing", number, len(CASES))
+            comparisons.append(compare(build(), rounds=3 if quick else 9))
+        progress("timing", len(CASES), len(CASES))
+    if as_json:
+        _json([vars(c) for c in comparisons])
+        return
+    rows = [
+        (c.name, f"{c.items_per_second:,.0f} {c.unit}/s", peer, f"{r[0]:.1f}x")
+        for c in comparisons
+        for peer, r in c.ratios.items()
+    ]
+    _table(("work", "ours", "peer", "ours is faster by"), rows)
+    skipped = sorted({name for c in comparisons for name in c.skipped})
+    if skipped:
+        print(f"not installed, skipped: {', '.join(skipped)}")
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _integers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} {text} is no list of integers; give N or N,N,...") from None
+
+
+def _stride(text: str | None) -> int | tuple[int, int, int] | None:
+    if text is None:
+        return None
+    numbers = _integers("--stride", text)
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 3:
+        return numbers[0], numbers[1], numbers[2]
+    raise ValueError(f"--stride {text} has {len(numbers)} numbers; give N or COLS,ROWS,SLICES")
+
+
+def _three_lengths(text: str) -> tuple[float, float, float]:
+    try:
+        x, y, z = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--spacing {text} is not X,Y,Z in mm; give 1.5,1.5,3 or native") from None
+    return x, y, z
+
+
+def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
+    from organfast.anatomy import ClassTable
+
+    if choice == "default":
+        return None
+    if choice == "dataset":
+        return ClassTable.from_names(dataset.structures)
+    return ClassTable.read(choice)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse an output that cannot be written before hours of training, not after."""
+    if path.is_dir():
+        raise InputError(path, "is a folder", "give the name of a model file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(folder, "is no folder", "make it, or give another output")
+    if not os.access(folder, os.W_OK):
+        raise InputError(folder, "cannot be written to", "give a folder you may write to")
+
+
+def _targets(scans: list[Path], out: Path) -> dict[Path, Path]:
+    """Scan -> where its result goes."""
+    from organfast.layouts import find_scans
+
+    if len(scans) == 1 and not scans[0].is_dir():
+        return {scans[0]: out}
+    if out.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{out} is one file, but there are several scans; give a folder")
+    targets: dict[Path, Path] = {}
+    for given in scans:
+        for name, path in find_scans(given).items():
+            target = out / name
+            if target in targets.values():
+                raise ValueError(f"two scans are called {name}; segment them into two folders")
+            targets[path] = target
+    return targets
+
+
+# --- segmenting many ------------------------------------------------------------------------------
+
+
+def _segment_all(
+    targets: dict[Path, Path],
+    model: Model,
+    settings: Settings,
+    save: Callable[[Result, Path], None],
+    *,
+    threads: int,
+    as_json: bool,
+) -> int:
+    """Segment and save each scan; a failed one is one line, the rest goes on. Returns failures."""
+    from organfast.pipeline import segment_many
+
+    due = iter(targets.items())
+    failed = 0
+
+    def fail(error: InputError) -> None:
+        nonlocal failed
+        failed += 1
+        next(due)
+        _complain(str(error))
+
+    with _progress() as progress:
+        results = segment_many(
+            targets, model, settings, threads=threads, on_error=fail, progress=progress
+        )
+        for result in results:
+            path, target = next(due)
+            try:
+                save(result, target)
+            except InputError as error:
+                failed += 1
+                _complain(str(error))
+                continue
+            for warning in result.warnings:
+                _complain(f"{path}: warning: {warning}")
+            _announce(path, target, result, as_json)
+    return failed
+
+
+def _announce(path: Path, target: Path, result: Result, as_json: bool) -> None:
+    present = [organ for organ in result.organs.values() if organ.present]
+    if as_json:
+        volumes = {organ.name: round(organ.volume_ml, 3) for organ in present}
+        _json({"input": str(path), "output": str(target), "organs_ml": volumes}, indent=None)
+        return
+    _organ_table(present)
+    seconds = sum(result.timings["seconds"].values())
+    print(f"{path}: {len(present)} organs in {seconds:.1f} s -> {target}")
+
+
+# --- printing -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar per kind of work on standard error; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(
+        console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _complain(line: str) -> None:
+    print(f"organfast: {line}", file=sys.stderr)
+
+
+def _json(content: Any, indent: int | None = 1) -> None:
+    print(json.dumps(content, indent=indent, ensure_ascii=False))
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, the first to the left and the others to the right."""
+    widths = [max(len(row[n]) for row in [columns, *rows]) for n in range(len(columns))]
+    for row in [columns, *rows]:
+        first, *others = (
+            cell.ljust(width) if n == 0 else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())
+
+
+def _organ_table(organs: Iterable[Organ]) -> None:
+    rows = []
+    for organ in organs:
+        where = organ.centroid_mm if organ.present else None
+        rows.append(
+            (
+                organ.name,
+                f"{organ.volume_ml:.0f}" if organ.present else "absent",
+                _number(organ.confidence, 2),
+                "-" if where is None else " ".join(f"{x:.0f}" for x in where),
+                " ".join(organ.cut_off) or "-",
+            )
+        )
+    _table(("organ", "volume ml", "confidence", "centre x y z mm (RAS)", "cut off at"), rows)
+
+
+def _described(model: Model) -> dict[str, Any]:
+    scores = {
+        use: {name: value for name, value in score.items() if name != "confusion"}
+        for use, score in model.scores.items()
+    }
+    return {
+        "classes": list(model.classes.names),
+        "pattern": model.pattern.to_dict(),
+        "grid": model.grid.to_dict(),
+        "stride": list(model.stride[::-1]),
+        "trained on": list(model.training["cases"]),
+        "examples": model.training["n_examples"],
+        "scores": scores,
+        "versions": dict(model.versions),
+    }
+
+
+def _describe(model: Model) -> None:
+    print(f"{len(model.classes)} classes, {model.training['n_examples']} blocks")
+    if not model.scores:
+        print("no patient was held out, so there is no score; give --split or more patients")
+    for use, score in model.scores.items():
+        print(
+            f"{use}: {score['n_patients']} patients, {score['n_blocks']} blocks: "
+            f"{score['block_accuracy']:.1%} right, organs {score['block_accuracy_organs']:.1%}"
+        )
+
+
+def _described_dataset(folder: Path) -> dict[str, Any]:
+    from organfast.layouts import dataset_classes, find_cases
+
+    dataset = find_cases(folder)
+    return {
+        "layout": dataset.layout,
+        "patients": len(dataset.patients),
+        "cases": [case.name for case in dataset.cases],
+        "without labels": list(dataset.skipped),
+        "classes": list(dataset_classes(dataset).names),
+        "structures": list(dataset.structures),
+    }
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "-"
+    return str(value)

@@ -1,0 +1,140 @@
+"""The main job on made-up patients: paint a cohort, learn from it, segment a scan it lacks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.anatomy import ClassTable
+from organfast.blocks import Block
+from organfast.errors import InputError
+from organfast.layouts import write_case
+from organfast.metrics import centroid_error_mm, dice_per_class
+from organfast.models.classifier import save_model
+from organfast.organs import measure_organs
+from organfast.painting import paint
+from organfast.phantom import FieldOfView, PhantomCase, class_labels, cohort, phantom
+from organfast.pipeline import Progress, Recipe, Settings, segment, silent, train
+from organfast.results import Result
+
+__all__ = ["OrganScore", "run_demo"]
+
+# A patient number that no cohort draws: the cohort's are below 2**31.
+_UNSEEN_PATIENT = 2**31 + 1
+
+
+@dataclass(frozen=True)
+class OrganScore:
+    """How well one organ of the unseen patient was found.
+
+    Parameters
+    ----------
+    name : str
+        The organ.
+    volume_ml : float, ml
+        Its volume as segmented.
+    dice : float
+        Overlap with the truth, 0..1.
+    centre_error_mm : float, mm
+        Distance between its centre as located and as painted; NaN where it was not found.
+    """
+
+    name: str
+    volume_ml: float
+    dice: float
+    centre_error_mm: float
+
+
+def run_demo(
+    out: str | PathLike[str],
+    n_patients: int,
+    seed: int,
+    *,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> list[OrganScore]:
+    """Fill a folder with a phantom cohort, a model, and an unseen scan with its segmentation.
+
+    Parameters
+    ----------
+    out : str or PathLike
+        Folder: ``cohort/``, ``phantom.organfast``, ``unseen/ct.nii.gz`` with its true
+        ``labels.nii.gz``, ``segmented/`` and ``scores.json``.
+    n_patients : int
+        Patients to learn from.
+    seed : int
+        Seed of the patients and of the forest.
+    threads : int
+        Threads; the files do not depend on it.
+    progress : callable, optional
+        Called with (what, done, total).
+
+    Returns
+    -------
+    list of OrganScore
+        One per organ of the unseen scan.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written, or holds another demo's cohort.
+    """
+    folder = Path(out)
+    classes = ClassTable.default()
+    if (folder / "cohort").exists():
+        raise InputError(folder, "holds a demo already", "give a new folder, or delete this one")
+    for number, case in enumerate(cohort(n_patients, seed, threads=threads)):
+        progress("painting patients", number, n_patients)
+        write_case(folder / "cohort", case.name, case.scan, case.labels, classes)
+    progress("painting patients", n_patients, n_patients)
+
+    model = train(
+        folder / "cohort",
+        Block(33, levels=(1, 3, 9)),
+        Recipe(seed=seed),
+        threads=threads,
+        progress=progress,
+    )
+    save_model(model, folder / "phantom.organfast")
+
+    unseen = _unseen_patient(seed, threads)
+    write_case(folder, "unseen", unseen.scan, unseen.labels, classes)
+    result = segment(
+        folder / "unseen" / "ct.nii.gz",
+        model,
+        Settings(probabilities=("liver",)),
+        threads=threads,
+        progress=progress,
+    )
+    result.save(folder / "segmented", probabilities=("liver",))
+    scores = _scores(result, unseen.labels)
+    (folder / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
+    return scores
+
+
+def _unseen_patient(seed: int, threads: int) -> PhantomCase:
+    """A patient whom no cohort draws, scanned finely from the neck to the hips."""
+    patient = _UNSEEN_PATIENT + seed
+    anatomy = phantom(FieldOfView.over("trunk", (0.8, 0.8, 3.0), 512), patient, threads=threads)
+    return PhantomCase("unseen", paint(anatomy, patient, threads=threads), class_labels(anatomy))
+
+
+def _scores(result: Result, truth: NDArray[np.unsignedinteger]) -> list[OrganScore]:
+    classes, volume = result.classes, result.scan.volume
+    # The model may lack a class of the truth's table, so labels are compared by name.
+    known = [classes.index(n) if n in classes else 0 for n in ClassTable.default().names]
+    same_table = np.array(known, result.labels.dtype)[truth]
+    dice = dice_per_class(same_table, result.labels, len(classes))
+    true_organs = measure_organs(volume.orientation.working(same_table), None, volume, classes)
+    scores = []
+    for name, organ in result.organs.items():
+        true_centre, error = true_organs[name].centroid_mm, float("nan")
+        if true_centre is not None and organ.centroid_mm is not None:
+            error = centroid_error_mm(true_centre, organ.centroid_mm)
+        scores.append(OrganScore(name, organ.volume_ml, float(dice[organ.label]), error))
+    return scores
