@@ -45,6 +45,7 @@ __all__ = [
     "case_labels",
     "dataset_classes",
     "find_cases",
+    "find_scans",
     "write_case",
 ]
 
@@ -54,7 +55,8 @@ _LABEL_MAP_ENDINGS = ("_labels", "_seg")
 _VISCERAL = re.compile(
     r"(?P<scan>(?P<patient>\d+)_\d+_CT[A-Za-z]*_[A-Za-z]+)(?:_(?P<radlex>\d+)_(?P<annotator>\d+))?"
 )
-_VISCERAL_DEPTH = 2
+_MASK_FOLDER = "segmentations"
+_DEPTH = 2
 _MAX_ID = 65_535
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
 _CHUNK = 1 << 20
@@ -235,6 +237,56 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     return datasets[0]
 
 
+def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
+    """The scans to segment: a file itself, or those of a folder and its sub-folders.
+
+    Left out are what the layouts use for labels: ``labels``, ``segmentation(s)``, ``*_labels``,
+    ``*_seg``, masks with VISCERAL's names and folders called ``segmentations``.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A file or a folder, of which two levels of sub-folders are searched.
+
+    Returns
+    -------
+    dict of str to Path
+        Name -> file, sorted. The name is the path inside the folder without ending; a scan called
+        ``ct`` has the name of its sub-folder.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be listed or holds no scan. That a file exists is found out on reading.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return {_stem(path.name) or path.name: path}
+    scans: dict[str, Path] = {}
+    for name, file in sorted(_scans_in(path, Path(), _DEPTH)):
+        if name in scans:
+            raise _several(path, [scans[name], file])
+        scans[name] = file
+    if not scans:
+        raise InputError(path, "holds no scan", "give a folder with .nii or .nii.gz files")
+    return scans
+
+
+def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
+    files, folders = _list(folder)
+    scans = []
+    for stem, path in files.items():
+        match = _VISCERAL.fullmatch(stem)
+        if not (_is_label_map(stem) or (match and match["radlex"])):
+            of_folder = stem == "ct" and inside.name
+            scans.append(((inside if of_folder else inside / stem).as_posix(), path))
+    if depth:
+        for name, sub_folder in folders.items():
+            if name != _MASK_FOLDER:
+                scans += _scans_in(sub_folder, inside / name, depth - 1)
+    return scans
+
+
 _Found = tuple[tuple[Case, ...], tuple[str, ...]]
 
 
@@ -256,12 +308,12 @@ def _subject_labels(
     subject: Path, files: Mapping[str, Path], folders: Mapping[str, Path], names_of: NamesOf
 ) -> LabelMap | Masks | None:
     """A label map in the subject's folder, else its folder of masks."""
-    maps = [p for s, p in files.items() if s in _LABEL_MAP_NAMES or s.endswith(_LABEL_MAP_ENDINGS)]
+    maps = [path for stem, path in files.items() if _is_label_map(stem)]
     if len(maps) > 1:
         raise _several(subject, maps)
     if maps:
         return LabelMap(maps[0], names_of(maps[0]))
-    masks = _list(folders["segmentations"])[0] if "segmentations" in folders else {}
+    masks = _list(folders[_MASK_FOLDER])[0] if _MASK_FOLDER in folders else {}
     return Masks(masks) if masks else None
 
 
@@ -270,7 +322,7 @@ def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
     images: dict[str, Path] = {}
     patients: dict[str, str] = {}
     masks: dict[str, dict[str, tuple[int, Path]]] = {}
-    for stem, path in _walk(folder, _VISCERAL_DEPTH):
+    for stem, path in _walk(folder, _DEPTH):
         match = _VISCERAL.fullmatch(stem)
         if match is None:
             continue
@@ -324,6 +376,16 @@ _FINDERS: dict[str, Callable[[Path, NamesOf], _Found]] = {
 }
 
 
+def _is_label_map(stem: str) -> bool:
+    return stem in _LABEL_MAP_NAMES or stem.endswith(_LABEL_MAP_ENDINGS)
+
+
+def _stem(name: str) -> str | None:
+    """A file's name without ``.nii`` or ``.nii.gz``; None where it has neither."""
+    suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
+    return None if suffix is None else name.removesuffix(suffix)
+
+
 def _several(folder: Path, paths: Iterable[Path]) -> InputError:
     names = " and ".join(sorted(os.path.relpath(path, folder) for path in paths))
     return InputError(folder, f"holds {names} for one scan", "leave one of them")
@@ -336,11 +398,11 @@ def _list(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
-                suffix = next((s for s in _SUFFIXES if entry.name.endswith(s)), None)
+                stem = _stem(entry.name)
                 if entry.name.startswith("."):
                     continue
-                if suffix is not None:
-                    files.setdefault(entry.name.removesuffix(suffix), folder / entry.name)
+                if stem is not None:
+                    files.setdefault(stem, folder / entry.name)
                 elif entry.is_dir():
                     folders[entry.name] = folder / entry.name
     except OSError as error:

@@ -69,6 +69,7 @@ _WHOLE_NUMBER_TOLERANCE = 1e-3
 
 # Thin micro-CT to a scout view; outside of it the header's numbers are not millimetres.
 _SPACING_MM = (0.01, 100.0)
+_FARTHEST_MM = 1e6
 # NIfTI's spatial unit codes: metre, millimetre, micron; 0 (not said) counts as millimetre.
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
@@ -532,7 +533,7 @@ def _identify(path: StrPath, block: bytes) -> tuple[int, str]:
 
 def _parse_header(path: StrPath, raw: Any, version: int) -> _Header:
     shape = _shape(path, [int(n) for n in raw["dim"]])
-    affine, warnings = _affine(path, raw)
+    affine, warnings = _affine(path, raw, shape)
     geometry = Geometry(shape, affine, version, _fields(raw))
     offset = float(raw["vox_offset"])
     least = raw.single_vox_offset
@@ -590,43 +591,42 @@ def _scaling(path: StrPath, slope: float, inter: float) -> tuple[float, float] |
     return slope, inter
 
 
-def _affine(path: StrPath, raw: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+def _affine(
+    path: StrPath, raw: Any, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """Affine in mm (sform before qform, as nibabel), and what is doubtful about it."""
     raw = raw.copy()
     if raw["pixdim"][0] not in (-1, 1):
         raw["pixdim"][0] = 1  # the standard: anything else counts as 1
     raw["pixdim"][1:] = np.abs(raw["pixdim"][1:])
-    s_code, q_code = int(raw["sform_code"]), int(raw["qform_code"])
+    has_sform, has_qform = raw["sform_code"] > 0, raw["qform_code"] > 0
     scale = np.diag([_MM_PER_UNIT.get(int(raw["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
-    with np.errstate(all="ignore"):
-        qform = _qform(raw)
-        if s_code > 0:
-            affine = raw.get_sform()
-        elif q_code > 0:
-            affine = np.full((4, 4), np.nan) if qform is None else qform
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        qform = scale @ _qform(raw)
+        if has_sform:
+            affine = scale @ raw.get_sform()
         else:
-            affine = raw.get_base_affine()
-        affine = scale @ np.asarray(affine, np.float64)
+            affine = qform if has_qform else scale @ raw.get_base_affine()
+        apart = corners_apart_mm(shape, affine, qform) if has_sform and has_qform else 0.0
     _check_affine(path, affine)
-    if s_code <= 0 and q_code <= 0:
+    if not (has_sform or has_qform):
         return affine, (
             "the header says nothing of the orientation (sform and qform code 0): "
             "left and right may be swapped",
         )
-    if s_code > 0 and q_code > 0 and qform is not None:
-        apart = corners_apart_mm(_shape(path, [int(n) for n in raw["dim"]]), affine, scale @ qform)
-        if not apart <= np.linalg.norm(affine[:3, :3], axis=0).min():
-            return affine, (f"sform and qform disagree by up to {apart:.0f} mm: the sform is used",)
+    if not apart <= np.linalg.norm(affine[:3, :3], axis=0).min():
+        return affine, (f"sform and qform disagree by up to {apart:.3g} mm: the sform is used",)
     return affine, ()
 
 
-def _qform(raw: Any) -> NDArray[np.float64] | None:
+def _qform(raw: Any) -> NDArray[np.float64]:
+    """The qform; NaN where its quaternion is longer than 1."""
     from nibabel.spatialimages import HeaderDataError
 
     try:
         qform: NDArray[np.float64] = np.asarray(raw.get_qform(), np.float64)
     except (ValueError, HeaderDataError):
-        return None  # quaternion longer than 1
+        return np.full((4, 4), np.nan)
     return qform
 
 
@@ -634,6 +634,8 @@ def _check_affine(path: StrPath, affine: NDArray[np.float64]) -> None:
     remedy = "correct its sform or qform"
     if not np.isfinite(affine).all():
         raise InputError(path, "has an affine that is not finite", remedy)
+    if np.abs(affine).max() > _FARTHEST_MM:
+        raise InputError(path, f"has an affine with {np.abs(affine).max():g} mm in it", remedy)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # The same bound as Volume's.
     if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * spacing.prod() or spacing.min() == 0:
@@ -646,7 +648,15 @@ def _check_affine(path: StrPath, affine: NDArray[np.float64]) -> None:
 def corners_apart_mm(
     shape: tuple[int, int, int], first: NDArray[np.float64], second: NDArray[np.float64]
 ) -> float:
-    """Largest distance between where two affines put the same corner of the volume, mm."""
+    """How far apart two affines put the same corner of a volume, at most, in mm.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels along the stored axes.
+    first, second : (4, 4) float64
+        Stored voxel index -> RAS+ mm.
+    """
     corners = np.stack(np.meshgrid(*[(0.0, n - 1.0) for n in shape], indexing="ij"), axis=-1)
     index = np.concatenate([corners.reshape(-1, 3), np.ones((8, 1))], axis=1)
     return float(np.linalg.norm((index @ (first - second).T)[:, :3], axis=1).max())

@@ -22,6 +22,7 @@ from organfast.layouts import (
     case_labels,
     dataset_classes,
     find_cases,
+    find_scans,
     write_case,
 )
 from organfast.nifti import Geometry, read_volume, write_labels, write_volume
@@ -109,8 +110,8 @@ def test_visceral_names(tmp_path: Path) -> None:
     for stem in [*stems, "10000102_1_CTce_ThAb", "10000103_1_MRT1_wb"]:
         put_image(tmp_path / "volumes" / f"{stem}.nii.gz")
     for stem in [*stems, "10000103_1_MRT1_wb"]:
-        for radlex, annotator in ((58, 4), (86, 12), (86, 7)):
-            mask = box(0, 2) if radlex == 58 else box(annotator % 5, annotator % 5 + 1)
+        for radlex, annotator in ((58, 4), (86, 12), (86, 7), (86, 9)):
+            mask = box(0, 2) if radlex == 58 else box(annotator - 5, annotator - 4)
             put_labels(tmp_path / "segmentations" / f"{stem}_{radlex}_{annotator}.nii.gz", mask)
     dataset = find_cases(tmp_path)
     assert dataset.layout == "visceral"
@@ -122,7 +123,7 @@ def test_visceral_names(tmp_path: Path) -> None:
     assert classes.names == ("background", "thorax_abdomen", "liver", "spleen")
     found = case_labels(dataset.cases[0], classes, volume_of())
     np.testing.assert_array_equal(found.labels == classes.index("liver"), box(0, 2))
-    # Annotator 7, not 12: the lowest number, not the first in the alphabet.
+    # Annotator 7 of 12, 7 and 9: the lowest number, not first or last in the alphabet.
     np.testing.assert_array_equal(found.labels == classes.index("spleen"), box(2, 3))
     assert ClassTable.from_names(dataset.structures).names == classes.names
 
@@ -139,6 +140,34 @@ def test_pairs(tmp_path: Path) -> None:
     assert [(case.name, case.patient) for case in dataset.cases] == [("a", "a"), ("b", "b")]
     assert dataset.skipped == ("alone",)
     assert find_cases(tmp_path, "pairs") == dataset
+
+
+def test_scans_to_segment_are_all_but_the_labels(tmp_path: Path) -> None:
+    scans = {
+        "a.nii.gz": "a",
+        "b.nii": "b",
+        "s1/ct.nii.gz": "s1",
+        "s2/chest.nii.gz": "s2/chest",
+        "deep/s3/ct.nii": "deep/s3",
+        "ct.nii.gz": "ct",
+        "1_1_CT_Ab.nii.gz": "1_1_CT_Ab",
+    }
+    others = ["a_labels.nii.gz", "b_seg.nii", "s1/segmentation.nii.gz", "1_1_CT_Ab_58_1.nii.gz"]
+    others += ["s1/segmentations/liver.nii.gz", "s2/notes.txt", ".hidden.nii.gz", "labels.nii.gz"]
+    for name in [*scans, *others]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    expected = {name: tmp_path / file for file, name in scans.items()}
+    assert find_scans(tmp_path) == expected
+    assert list(find_scans(tmp_path)) == sorted(expected)
+    assert find_scans(tmp_path / "a.nii.gz") == {"a": tmp_path / "a.nii.gz"}
+    assert find_scans(tmp_path / "missing.dat") == {"missing.dat": tmp_path / "missing.dat"}
+    (tmp_path / "s1.nii").touch()
+    with pytest.raises(InputError, match=r"s1.nii and s1/ct.nii.gz for one scan"):
+        find_scans(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no scan"):
+        find_scans(tmp_path / "empty")
 
 
 def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
