@@ -61,7 +61,7 @@ Labels = NDArray[np.uint8] | NDArray[np.uint16]
 Confidence = NDArray[np.uint8] | NDArray[np.float32]
 Slab = tuple[int, NDArray[np.float32]]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Computed = TypeVar("Computed")
 
 BACKGROUND = 0
 _MOST = 1.0001  # a softmax may be a little more than one
@@ -292,10 +292,10 @@ class Workers(ThreadPoolExecutor):
         self.window = threads + 2
 
     def in_order(
-        self, function: Callable[[Item], Result], items: Iterable[Item]
-    ) -> Iterator[Result]:
+        self, function: Callable[[Item], Computed], items: Iterable[Item]
+    ) -> Iterator[Computed]:
         """Results in the order of the items; at most ``window`` of them are computed ahead."""
-        pending: deque[Future[Result]] = deque()
+        pending: deque[Future[Computed]] = deque()
         try:
             for item in items:
                 if len(pending) == self.window:
@@ -427,7 +427,7 @@ def label_volume(
         From the block grid to the scan.
     labels : (n_k, n_i, n_j) uint8 or uint16
         Written. In working order but of any strides: the working view of an array in the order
-        of the file.
+        of the file. Cheapest where a slice lies together in memory, as in NIfTI files.
     workers : Workers
         Threads that enlarge, one slice each; they may be those that compute the slabs.
     confidence : (n_k, n_i, n_j) uint8 or float32, optional

@@ -27,8 +27,8 @@ enum {
     BAND = 16, /* most output rows computed together: they stay in the first-level cache */
 };
 
-/* Six roundings of at most 2^-25 each, and as many of the differences, move a blend of values in
-   0..1 by less than 4e-7: a class that lies this far below another neither wins nor ties. */
+/* Six roundings of at most 2^-25 each move a blend of values in 0..1 by less than 2e-7: a class
+   that lies this far below another neither wins nor ties. */
 #define MARGIN 2e-6f
 
 /* Every function that passes vectors is inlined, so that how they would be passed is no matter. */
