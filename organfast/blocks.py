@@ -62,8 +62,8 @@ class Block:
         levels = tuple(self.levels) if isinstance(self.levels, (tuple, list)) else ()
         if (
             not levels
-            or len(set(levels)) != len(levels)
             or not all(_is_int(w) and 1 <= w <= MAX_WIDTH for w in levels)
+            or len(set(levels)) != len(levels)
         ):
             raise ValueError(
                 f"levels is {self.levels!r}; give different widths from 1 to {MAX_WIDTH}, "

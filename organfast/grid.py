@@ -338,14 +338,14 @@ def resampled(
     (K', R', C') int16
         C-contiguous, ``max(1, round(n / step))`` voxels per axis.
     """
-    shape = _three(max(1, round(n / s)) for n, s in zip(hu.shape, step, strict=True))
+    shape = [_n_voxels(n, s) for n, s in zip(hu.shape, step, strict=True)]
     if math.prod(shape) > MOST_VOXELS:
         raise ValueError(
-            f"the model grid would have {' x '.join(f'{n:.0f}' for n in shape)} voxels (k, i, j); "
+            f"the model grid would have {' x '.join(map(str, shape))} voxels (k, i, j); "
             "check the spacing of the scan, or use a coarser grid"
         )
-    through, down, along = (_taps(s, int(n)) for s, n in zip(step, shape, strict=True))
-    out = np.empty([int(n) for n in shape], np.int16)
+    through, down, along = (_taps(s, n) for s, n in zip(step, shape, strict=True))
+    out = np.empty(shape, np.int16)
 
     def resample(begin: int, end: int) -> None:
         _resample_slices(hu, table, (through, down, along), out, range(begin, end))
@@ -357,6 +357,10 @@ def resampled(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(resample, edges[:-1], edges[1:]))
     return out
+
+
+def _n_voxels(n_scan: int, step: float) -> int:
+    return max(1, round(n_scan / step))
 
 
 def _taps(step: float, n_out: int) -> Taps:
@@ -425,10 +429,8 @@ def resample_labels(
     ValueError
         The labels are not on the scan's grid.
     """
-    scan_shape = tuple(s * n for s, n in zip(grid_volume.step, grid_volume.shape, strict=True))
-    if labels.ndim != 3 or any(
-        abs(n - m) > 0.5 + s / 2
-        for n, m, s in zip(labels.shape, scan_shape, grid_volume.step, strict=True)
+    if labels.ndim != 3 or grid_volume.shape != tuple(
+        _n_voxels(n, step) for n, step in zip(labels.shape, grid_volume.step, strict=True)
     ):
         raise ValueError(f"labels of shape {labels.shape} are not on the grid of their scan")
     if grid_volume.step == (1.0, 1.0, 1.0):

@@ -135,3 +135,91 @@ def overlap(truth, predicted, n_classes):
     for t, p in zip(truth.ravel(), predicted.ravel(), strict=True):
         counts[t, p] += 1
     return counts
+
+
+# --- blocks, levels, resampling -------------------------------------------------------------------
+
+
+def gather_blocks(hu, centres, size, window):
+    """(n, size, size) float32: voxel by voxel, -1024 beyond the sides of (K, R, C)."""
+    out = np.empty((len(centres), size, size), np.float32)
+    low, high = window or (0, 1)
+    for n, (k, i, j) in enumerate(centres):
+        for y in range(size):
+            for x in range(size):
+                row, col = i + y - size // 2, j + x - size // 2
+                inside = 0 <= row < hu.shape[1] and 0 <= col < hu.shape[2]
+                value = max(int(hu[k, row, col]), -1024) if inside else -1024
+                value = (np.float32(value) - np.float32(low)) * np.float32(1 / (high - low))
+                out[n, y, x] = value if window is None else min(max(value, 0), 1)
+    return out
+
+
+def gather_features(slab, offsets, positions):
+    out = np.empty((len(positions), len(offsets)), np.float32)
+    for p, (k, i, j) in enumerate(positions):
+        for f, (level, dk, di, dj) in enumerate(offsets):
+            out[p, f] = slab[level, k + dk, i + di, j + dj]
+    return out
+
+
+def plane_level(hu, table, floor, air, pad_rows, pad_cols):
+    rows, cols = hu.shape
+    out = np.full((rows + 2 * pad_rows, cols + 2 * pad_cols), air, np.int16)
+    for y in range(rows):
+        for x in range(cols):
+            value = int(hu[y, x])
+            value = max(value, floor) if table is None else table[value + 32768]
+            out[pad_rows + y, pad_cols + x] = value
+    return out
+
+
+def box_level(plane, width, air, pad_rows, pad_cols):
+    """Each box summed for itself, in integers; half is rounded up."""
+    rows, cols = plane.shape
+    out = np.empty((rows + 2 * pad_rows, cols + 2 * pad_cols), np.int16)
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            top, left = y - pad_rows - width // 2, x - pad_cols - width // 2
+            inside = plane[max(top, 0) : max(top + width, 0), max(left, 0) : max(left + width, 0)]
+            n = width * width
+            total = int(inside.sum(dtype=np.int64)) + air * (n - inside.size)
+            out[y, x] = (2 * total + n) // (2 * n)
+    return out
+
+
+def slice_resampled(values, down_step, along_step):
+    """(R, C) float64: each output voxel is a weighted mean, by the definition of the triangle."""
+    rows, cols = values.shape
+    n_rows, n_cols = max(1, round(rows / down_step)), max(1, round(cols / along_step))
+    return np.array(
+        [
+            [
+                sum(
+                    weight * other * values[min(max(y, 0), rows - 1), min(max(x, 0), cols - 1)]
+                    for y, weight in triangle(p, down_step)
+                    for x, other in triangle(q, along_step)
+                )
+                for q in range(n_cols)
+            ]
+            for p in range(n_rows)
+        ]
+    )
+
+
+def slices_blended(slices, step):
+    n = len(slices)
+    return np.stack(
+        [
+            sum(weight * slices[min(max(k, 0), n - 1)] for k, weight in triangle(o, step))
+            for o in range(max(1, round(n / step)))
+        ]
+    )
+
+
+def triangle(output, step):
+    """(input voxel, weight) of one output voxel; outer edges of both grids coincide."""
+    centre, half = (output + 0.5) * step - 0.5, max(1.0, step)
+    reached = range(int(np.floor(centre - half)) - 1, int(np.ceil(centre + half)) + 2)
+    weights = [max(0.0, 1 - abs(v - centre) / half) for v in reached]
+    return [(v, w / sum(weights)) for v, w in zip(reached, weights, strict=True)]
