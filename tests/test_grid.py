@@ -375,6 +375,17 @@ def test_half_is_rounded_up_below_zero_too() -> None:
     np.testing.assert_array_equal(level[0, 0, 1, 1:], [-2, -2, -3, 0, 3])
 
 
+@pytest.mark.parametrize("width", [2, 6, 14, 28])
+def test_an_exact_half_is_not_lost_to_the_reciprocal_of_the_box(width: int) -> None:
+    """(m + 1/2) * 196 times the float64 nearest to 1/196 falls short of m + 1/2 for most m."""
+    scan_slices = np.arange(-1024, 3000, 7)
+    columns = np.arange(2 * width) % 2
+    hu = (scan_slices[:, None, None] + columns).repeat(2 * width, 1).astype(np.int16)
+    scan = GridVolume(hu, table=hu_lookup("identity"))
+    level = levels_slab(scan, Block(1, (width,)), 0, len(hu))[0, :, width, width]
+    np.testing.assert_array_equal(level, scan_slices + 1)
+
+
 def test_beyond_the_sides_is_air_and_beyond_the_ends_the_end_slice() -> None:
     hu = np.stack([np.full((4, 4), 100 * k, np.int16) for k in range(3)])
     slab = levels_slab(GridVolume(hu, table=hu_lookup("identity")), Block(3, slices=5), 0, 3)
