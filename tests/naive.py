@@ -117,15 +117,15 @@ def clean(labels, classes, keep, smallest, fill_holes):
                 near = np.moveaxis(np.roll(near, step, axis=0), 0, axis)[1:-1, 1:-1, 1:-1]
                 votes += [np.count_nonzero(labels[near] == other) for other in others]
             cleaned[mask] = others[int(np.argmax(votes))]
-    if fill_holes:
-        extent = {}
-        for organ in classes.organs:
-            where = np.argwhere(cleaned == organ)
-            if len(where):
-                extent[organ] = int(np.prod(np.ptp(where, axis=0) + 1))
-        for organ in sorted(extent, key=extent.get):
-            filled = ndimage.binary_fill_holes(cleaned == organ)
-            cleaned[filled & np.isin(cleaned, others)] = organ
+    hollow = []
+    for organ in classes.organs if fill_holes else ():
+        components, n = ndimage.label(cleaned == organ, np.ones((3, 3, 3)))
+        for c in range(1, n + 1):
+            where = np.argwhere(components == c)
+            box_voxels = int(np.prod(np.ptp(where, axis=0) + 1))
+            hollow.append((box_voxels, organ, ndimage.binary_fill_holes(components == c)))
+    for _, organ, filled in sorted(hollow, key=lambda one: one[0]):
+        cleaned[filled & np.isin(cleaned, others)] = organ
     return cleaned
 
 
@@ -223,3 +223,28 @@ def triangle(output, step):
     reached = range(int(np.floor(centre - half)) - 1, int(np.ceil(centre + half)) + 2)
     weights = [max(0.0, 1 - abs(v - centre) / half) for v in reached]
     return [(v, w / sum(weights)) for v, w in zip(reached, weights, strict=True)]
+
+
+# --- forest ---------------------------------------------------------------------------------------
+
+
+def leaf_code(nodes, root, slab, offsets, position):
+    """From the root to a leaf, one comparison at a time."""
+    here = root
+    while nodes["left"][here] >= 0:
+        level, dk, di, dj = offsets[nodes["feature"][here]]
+        k, i, j = position
+        right = slab[level, k + dk, i + di, j + dj] > nodes["threshold"][here]
+        here = root + nodes["left"][here] + right
+    return ~nodes["left"][here]
+
+
+def walk_forest(nodes, tree_starts, leaf_table, slab, offsets, positions):
+    """(n, classes) float64: the mean of the leaves' shares, summed tree after tree."""
+    n_classes = leaf_table.shape[1]
+    shares = np.concatenate([np.eye(n_classes), leaf_table])
+    out = np.zeros((len(positions), n_classes))
+    for root in tree_starts[:-1]:
+        for p, position in enumerate(positions):
+            out[p] += shares[leaf_code(nodes, root, slab, offsets, position)]
+    return out / (len(tree_starts) - 1)

@@ -1,0 +1,321 @@
+"""Label statistics and cleaning: kernels against twins, then laws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from organfast import segmentation
+from organfast.anatomy import ClassTable, Structure
+from organfast.kernels.label_statistics import component_statistics, join_components
+from organfast.segmentation import Cleaning, clean, measure_labels
+
+# Two context classes, of which the second stands for the inside of the body; three organs.
+TABLE = ClassTable(
+    (
+        Structure("background", role="background"),
+        Structure("wall", role="context"),
+        Structure("inside", role="context"),
+        Structure("liver"),
+        Structure("spleen"),
+        Structure("colon"),
+    )
+)
+WALL, INSIDE, LIVER, SPLEEN, COLON = range(1, 6)
+
+SHAPES = [(1, 1, 1), (1, 7, 1), (2, 3, 5), (4, 9, 17), (3, 8, 64)]
+
+
+def blobs(shape: tuple[int, ...], n_labels: int, seed: int) -> NDArray[np.uint8]:
+    """Labels in runs and lumps, with single voxels between them."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, n_labels, [-(-n // 2) for n in shape], dtype=np.uint8)
+    labels = coarse.repeat(2, 0).repeat(2, 1).repeat(2, 2)[tuple(map(slice, shape))]
+    noise = rng.random(shape) < 0.1
+    labels[noise] = rng.integers(0, n_labels, np.count_nonzero(noise))
+    return labels
+
+
+def f_order(array: NDArray[Any]) -> NDArray[Any]:
+    return np.asfortranarray(array)
+
+
+def strided(array: NDArray[Any]) -> NDArray[Any]:
+    wide = np.zeros([2 * n for n in array.shape], array.dtype)
+    wide[::2, 1::2, ::2] = array
+    return wide[::2, 1::2, ::2]
+
+
+def flipped(array: NDArray[Any]) -> NDArray[Any]:
+    return array[::-1, :, ::-1].copy()[::-1, :, ::-1]
+
+
+def permuted(array: NDArray[Any]) -> NDArray[Any]:
+    return array.transpose(2, 0, 1).copy().transpose(1, 2, 0)
+
+
+LAYOUTS = [np.ascontiguousarray, f_order, strided, flipped, permuted]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_label_statistics_equal_their_twin(
+    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], shape: tuple[int, ...]
+) -> None:
+    labels = layout(blobs(shape, 6, seed=1).astype(dtype))
+    confidence = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
+    labels.flags.writeable = confidence.flags.writeable = False
+    measured = measure_labels(labels, 7, confidence)
+    counts, sums, boxes, confidence_sums = naive.label_statistics(labels, confidence, 7)
+    np.testing.assert_array_equal(measured.counts, counts)
+    np.testing.assert_array_equal(measured.sums, sums)
+    np.testing.assert_array_equal(measured.boxes, boxes)
+    np.testing.assert_array_equal(measured.confidence_sums, confidence_sums)
+    np.testing.assert_array_equal(measure_labels(labels, 7).counts, counts)
+
+
+def test_a_map_without_voxels_has_no_labels() -> None:
+    measured = measure_labels(np.zeros((0, 3, 2), np.uint8), 2)
+    np.testing.assert_array_equal(measured.counts, [0, 0])
+    np.testing.assert_array_equal(measured.boxes, np.zeros((2, 3, 2)))
+    assert measured.confidence_sums is None
+
+
+def test_labels_beyond_the_table_are_refused_not_written_out_of_range() -> None:
+    labels = np.zeros((2, 3, 40), np.uint16)
+    labels[1, 1, 3:7] = 65_535
+    with pytest.raises(ValueError, match="4 voxels have a label of 3 or more"):
+        measure_labels(labels, 3)
+
+
+@pytest.mark.parametrize("labels", [np.zeros((2, 2), np.uint8), np.zeros((2, 2, 2), np.int64)])
+def test_what_is_no_label_map_is_refused(labels: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="a label map is a 3-D uint8 or uint16 array"):
+        measure_labels(labels, 3)
+    with pytest.raises(ValueError, match="a label map is a 3-D uint8 or uint16 array"):
+        clean(labels, TABLE, Cleaning(), 0.001)
+
+
+@pytest.mark.parametrize("confidence", [np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 2))])
+def test_confidence_must_fit_the_labels(confidence: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="does not fit labels of shape"):
+        measure_labels(np.zeros((2, 2, 2), np.uint8), 3, confidence)
+
+
+# --- components -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_component_statistics_equal_their_twin(
+    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], shape: tuple[int, ...]
+) -> None:
+    import cc3d
+
+    labels = layout(blobs(shape, 6, seed=3).astype(dtype))
+    organs = np.ascontiguousarray(labels) * (labels >= LIVER)
+    origin = tuple(n // 3 for n in shape)
+    part = organs[tuple(slice(n, None) for n in origin)]
+    components, n = cc3d.connected_components(part, return_N=True, out_dtype=np.uint32)
+    columns = np.array([2, 0, 1, -1, -1, -1], np.int32)
+    labels.flags.writeable = False
+    sizes, owners = np.zeros(n + 1, np.int32), np.zeros(n + 1, np.uint16)
+    votes = np.zeros((n + 1, 3), np.int32)
+    component_statistics(
+        labels, np.ascontiguousarray(components), origin, columns, sizes, owners, votes
+    )
+    expected = naive.component_statistics(labels, components, origin, columns, 3)
+    for got, wanted in zip((sizes, owners, votes), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=14))
+def test_joined_components_equal_their_twin(pairs: list[tuple[int, int]]) -> None:
+    parents = np.arange(12, dtype=np.int32)
+    join_components(np.array(pairs, np.int32).reshape(-1, 2), parents)
+    np.testing.assert_array_equal(parents, naive.join_components(pairs, 12))
+
+
+# --- cleaning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["largest", "dust", "none"])
+@pytest.mark.parametrize("fill_holes", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 9, 17), (13, 12, 11)])
+@pytest.mark.parametrize("slab_voxels", [1, 300, 10**6])
+def test_cleaning_equals_its_twin_however_the_map_is_cut_into_slabs(
+    keep: Any,
+    fill_holes: bool,
+    shape: tuple[int, ...],
+    slab_voxels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segmentation, "_SLAB_VOXELS", slab_voxels)
+    for labels in (blobs(shape, 6, 0), np.maximum(blobs(shape, 6, 1), blobs(shape, 4, 2))):
+        expected = naive.clean(labels, TABLE, keep, 5, fill_holes)
+        record = clean(labels, TABLE, Cleaning(keep, 5 * 0.027, fill_holes), 0.027)
+        np.testing.assert_array_equal(labels, expected)
+        assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cleaning_writes_in_place_in_any_memory_order(
+    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]]
+) -> None:
+    labels = layout(blobs((9, 14, 13), 6, seed=7).astype(dtype))
+    expected = naive.clean(np.ascontiguousarray(labels), TABLE, "largest", 0, True)
+    clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_the_record_counts_what_happened() -> None:
+    labels = np.full((9, 9, 9), INSIDE, np.uint8)
+    labels[1:6, 1:6, 1:6] = LIVER
+    labels[3, 3, 3] = WALL
+    labels[8, 8, 7:9] = LIVER
+    labels[8, 0, 0] = LIVER
+    record = clean(labels, TABLE, Cleaning(), 0.001)
+    assert record == {
+        "keep": "largest",
+        "dust_ml": 0.5,
+        "fill_holes": True,
+        "connectivity": 26,
+        "organs": {"liver": {"removed_components": 2, "removed_voxels": 3, "filled_voxels": 1}},
+    }
+    assert np.count_nonzero(labels == LIVER) == 125
+
+
+def test_an_island_becomes_what_surrounds_it() -> None:
+    labels = np.full((9, 20, 20), INSIDE, np.uint8)
+    labels[:, :, :3] = 0
+    labels[:, :, 3:6] = WALL
+    labels[2:6, 8:18, 8:18] = LIVER
+    labels[4, 4, 1] = labels[4, 4, 4] = labels[7, 4, 12] = LIVER  # in air, wall and inside
+    labels[3, 12, 12] = SPLEEN  # inside the liver
+    labels[8, 1:5, 16] = SPLEEN
+    clean(labels, TABLE, Cleaning(), 0.001)
+    assert [labels[4, 4, 1], labels[4, 4, 4], labels[7, 4, 12]] == [0, WALL, INSIDE]
+    assert labels[3, 12, 12] == LIVER
+    assert np.count_nonzero(labels == SPLEEN) == 4
+
+
+def test_an_island_between_organs_becomes_the_context_class_or_background() -> None:
+    labels = np.full((3, 3, 9), LIVER, np.uint8)
+    labels[1, 1, 7] = SPLEEN
+    labels[:, :, :2] = SPLEEN
+    bare = ClassTable(tuple(s for s in TABLE.structures if s.role != "context"))
+    without_context = np.where(labels == LIVER, 1, 2).astype(np.uint8)
+    clean(labels, TABLE, Cleaning(fill_holes=False), 0.001)
+    clean(without_context, bare, Cleaning(fill_holes=False), 0.001)
+    assert labels[1, 1, 7] == INSIDE
+    assert without_context[1, 1, 7] == 0
+
+
+def test_components_that_touch_by_a_corner_are_one() -> None:
+    labels = np.zeros((4, 4, 4), np.uint8)
+    labels[0, 0, 0] = labels[1, 1, 1] = LIVER
+    labels[3, 3, 3] = LIVER
+    clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(np.argwhere(labels == LIVER), [[0, 0, 0], [1, 1, 1]])
+
+
+def test_of_equal_components_the_first_in_working_order_stays() -> None:
+    labels = np.zeros((3, 5, 5), np.uint8)
+    labels[0, 4, 4] = labels[2, 0, 0] = labels[0, 0, 3] = LIVER
+    clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(np.argwhere(labels == LIVER), [[0, 0, 3]])
+
+
+def test_dust_never_takes_the_last_component_of_an_organ() -> None:
+    labels = np.zeros((3, 5, 9), np.uint8)
+    labels[0, 0, :3] = labels[2, 4, :2] = LIVER
+    record = clean(labels, TABLE, Cleaning("dust", dust_ml=1.0), voxel_ml=0.001)
+    assert record["organs"]["liver"]["removed_voxels"] == 2
+    assert np.count_nonzero(labels == LIVER) == 3
+
+
+def test_filling_leaves_other_organs_alone_and_gives_a_hole_to_the_innermost() -> None:
+    labels = np.zeros((11, 11, 11), np.uint8)
+    labels[:] = LIVER
+    labels[3:8, 3:8, 3:8] = COLON
+    labels[4:7, 4:7, 4:7] = INSIDE
+    labels[1, 1, 1] = WALL
+    labels[0, 5, 5] = INSIDE  # open at the border of the map: no hole
+    clean(labels, TABLE, Cleaning(), 0.001)
+    assert labels[5, 5, 5] == COLON
+    assert labels[1, 1, 1] == LIVER
+    assert labels[0, 5, 5] == INSIDE
+    assert np.count_nonzero(labels == COLON) == 125
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), order=st.permutations([LIVER, SPLEEN, COLON]))
+def test_permuting_organs_permutes_the_clean_map(seed: int, order: list[int]) -> None:
+    labels = blobs((8, 9, 10), 6, seed)
+    renamed = np.array([0, WALL, INSIDE, *order], np.uint8)
+    other = renamed[labels]
+    clean(labels, TABLE, Cleaning(), 0.001)
+    clean(other, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(other, renamed[labels])
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6))
+def test_a_clean_map_stays_as_it_is(seed: int) -> None:
+    labels = blobs((8, 9, 10), 6, seed)
+    clean(labels, TABLE, Cleaning(fill_holes=False), 0.001)
+    again = labels.copy()
+    record = clean(again, TABLE, Cleaning(fill_holes=False), 0.001)
+    np.testing.assert_array_equal(again, labels)
+    assert all(not any(changes.values()) for changes in record["organs"].values())
+
+
+def test_a_map_without_organs_is_left_alone() -> None:
+    labels = np.full((3, 4, 5), INSIDE, np.uint8)
+    assert clean(labels, TABLE, Cleaning(), 0.001)["organs"] == {}
+    assert (labels == INSIDE).all()
+
+
+def test_bad_arguments_are_refused() -> None:
+    labels = np.zeros((2, 2, 2), np.uint8)
+    with pytest.raises(ValueError, match="keep 'all' is unknown"):
+        Cleaning("all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dust_ml -1"):
+        Cleaning(dust_ml=-1)
+    with pytest.raises(ValueError, match="voxel_ml 0 is not positive"):
+        clean(labels, TABLE, Cleaning(), 0)
+    with pytest.raises(ValueError, match="have a label of 6 or more"):
+        clean(labels + np.uint8(6), TABLE, Cleaning(), 1)
+    labels.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        clean(labels, TABLE, Cleaning(), 1)
+
+
+def test_islands_all_over_a_scan_need_little_memory() -> None:
+    import tracemalloc
+
+    labels = np.full((48, 256, 256), INSIDE, np.uint8)
+    labels[::8, ::8, ::8] = LIVER
+    labels[21:39, 101:199, 101:199] = LIVER
+    clean(labels[:4].copy(), TABLE, Cleaning(), 0.001)
+    tracemalloc.start()
+    clean(labels, TABLE, Cleaning(), 0.001)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 2_097_152, f"{peak / 1e6:.0f} MB"
+    assert np.count_nonzero(labels == LIVER) == 18 * 98 * 98
