@@ -1,0 +1,462 @@
+"""Forests: against the slow twin and scikit-learn, over memory orders, and the laws."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from organfast.blocks import Block
+from organfast.kernels.forest import CHUNK, walk_forest
+from organfast.models.forest import NODE, Forest, ForestSettings, train_forest
+
+N_CLASSES = 7
+SEEN = (0, 2, 3, 6)  # labels with samples
+EDGES = (-32768, -1024, 0, 32767)
+
+# Two levels, three slices, nothing regular: what a pattern may be.
+SCATTERED = SimpleNamespace(
+    offsets=np.array(
+        [(0, 0, 0, 0), (0, -1, 2, -3), (0, 1, -2, 3), (1, 0, 5, 0), (1, -1, 0, -4), (0, 0, 1, 1)]
+        + [(level, 0, i, j) for level in (0, 1) for i in (-4, -1, 3) for j in (-5, 0, 4)],
+        np.int32,
+    ),
+    n_features=24,
+    reach=(1, 5, 5),
+    widths=(1, 3),
+)
+PATTERNS = {"block": Block(9), "block 3-D": Block(5, (1, 3), 3), "scattered": SCATTERED}
+
+
+def hu(shape, seed: int = 0) -> NDArray[np.int16]:
+    """Voxels with few and with extreme values, so that thresholds are met exactly."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-40, 40, shape, np.int16) * 25
+    values[rng.random(shape) < 0.02] = rng.choice(EDGES)
+    return values
+
+
+def _packed(slab):
+    """A field of records of 5 bytes: strides and addresses that are odd."""
+    records = np.zeros(slab.shape, np.dtype({"names": ["x", "hu"], "formats": ["3u1", "<i2"]}))
+    records["hu"] = slab
+    return records["hu"]
+
+
+def _strided(slab):
+    wide = np.zeros([2 * n for n in slab.shape], np.int16)
+    wide[::2, 1::2, ::2, 1::2] = slab
+    return wide[::2, 1::2, ::2, 1::2]
+
+
+def _read_only(slab):
+    view = slab.copy()
+    view.flags.writeable = False
+    return view
+
+
+LAYOUTS = {
+    "C": lambda slab: slab.copy(),
+    "F": lambda slab: slab.copy(order="F"),
+    "flipped": lambda slab: slab[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1],
+    "flipped F": lambda slab: slab[:, :, ::-1].copy(order="F")[:, :, ::-1],
+    "slices fastest": lambda slab: slab.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2),
+    "strided": _strided,
+    "packed": _packed,
+    "read-only": _read_only,
+}
+
+
+def features_of(slab, pattern, positions):
+    k, i, j = (positions[:, None, :] + pattern.offsets[None, :, 1:]).transpose(2, 0, 1)
+    return slab[pattern.offsets[:, 0], k, i, j].astype(np.float32)
+
+
+def places(slab, pattern, n: int, seed: int = 0) -> NDArray[np.int32]:
+    """Random positions whose pattern lies in the slab, the outermost ones first."""
+    low = np.array(pattern.reach)
+    high = np.array(slab.shape[1:]) - low
+    found = np.random.default_rng(seed).integers(low, high, (n, 3))
+    corners = np.array([low, high - 1])[:n]
+    found[: len(corners)] = corners
+    return found.astype(np.int32)
+
+
+def room(pattern, seed: int = 0):
+    pk, pr, pc = pattern.reach
+    return hu((len(pattern.widths), 4 + 2 * pk, 20 + 2 * pr, 30 + 2 * pc), seed)
+
+
+@cache
+def estimator(name: str, kind: str = "random_forest", **limits):
+    """scikit-learn's forest on labels that depend on the voxels, with some noise."""
+    from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+
+    pattern, slab = PATTERNS[name], room(PATTERNS[name], seed=1)
+    positions = places(slab, pattern, 500, seed=2)
+    x = features_of(slab, pattern, positions)
+    rng = np.random.default_rng(3)
+    level = x[:, 0] + x[:, 1] / 2 + rng.normal(0, 200, len(x))
+    labels = np.array(SEEN)[np.digitize(level, (-500, 0, 500))]
+    made = RandomForestClassifier if kind == "random_forest" else ExtraTreesClassifier
+    return made(12, random_state=0, n_jobs=1, **limits).fit(x, labels)
+
+
+def expected(model, slab, pattern, positions):
+    out = np.zeros((len(positions), N_CLASSES))
+    if len(positions):
+        out[:, model.classes_] = model.predict_proba(features_of(slab, pattern, positions))
+    return out
+
+
+def asked(forest: Forest, slab, positions, dtype=np.float64):
+    out = np.full((len(positions), forest.n_classes), np.nan, dtype)
+    forest.probabilities(slab, positions, out)
+    return out
+
+
+# --- equal to scikit-learn, and to the twin -------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_probabilities_equal_scikit_learn_in_every_memory_order(name: str, layout: str) -> None:
+    pattern, model = PATTERNS[name], estimator(name)
+    forest = Forest.from_sklearn(model, pattern, N_CLASSES)
+    plain = room(pattern)
+    slab, before = LAYOUTS[layout](plain), plain.copy()
+    positions = places(slab, pattern, 700)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, plain, pattern, positions))
+    np.testing.assert_array_equal(slab, before)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 15, 16, 17, 1000, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
+def test_any_number_of_positions(n: int) -> None:
+    pattern, model = PATTERNS["scattered"], estimator("scattered")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, n)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("extra_trees", {}),
+        ("random_forest", {"min_samples_leaf": 7}),  # leaves of several classes
+        ("random_forest", {"max_depth": 3}),
+        ("extra_trees", {"max_depth": 1}),
+        ("random_forest", {"max_leaf_nodes": 20}),  # scikit-learn numbers these best first
+        ("random_forest", {"class_weight": "balanced", "min_samples_leaf": 3}),
+        ("random_forest", {"min_samples_leaf": 400}),  # roots only
+    ],
+)
+def test_every_kind_of_forest(kind: str, limits) -> None:
+    pattern, model = PATTERNS["block"], estimator("block", kind, **limits)
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 700)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+
+
+def test_neighbours_in_one_row_and_one_position_repeated() -> None:
+    pattern, model = PATTERNS["block"], estimator("block")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    row = np.stack([np.full(30, 1), np.full(30, 9), np.arange(4, 34)], axis=1).astype(np.int32)
+    for positions in (row, row[::-1], np.repeat(row[:1], 300, axis=0), np.tile(row, (20, 1))):
+        found = asked(forest, slab, positions)
+        np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+
+
+@pytest.mark.parametrize("size", [1, 17, 97])
+def test_block_sizes(size: int) -> None:
+    """97 x 97 is 9409 features; a block of one voxel has a single one."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    pattern, slab = Block(size), hu((1, 1, size + 6, size + 9))
+    positions = places(slab, pattern, 60)
+    x = features_of(slab, pattern, positions)
+    labels = np.random.default_rng(0).integers(0, N_CLASSES, len(x))
+    model = RandomForestClassifier(5, random_state=0).fit(x, labels)
+    forest = Forest.from_sklearn(model, pattern, N_CLASSES)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+
+
+@st.composite
+def trees(draw):
+    """Any trees at all: lone roots, chains, thresholds at the ends of int16."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n_rows, thresholds = draw(st.integers(0, 3)), [*EDGES, -100, -25, 25, 100]
+    nodes, starts = [], [0]
+    for _ in range(draw(st.integers(1, 4))):
+        n_inner = draw(st.sampled_from([0, 1, 2, 5, 40]))
+        chain = draw(st.booleans())
+        tree = np.zeros(2 * n_inner + 1, NODE)
+        tree["left"] = ~rng.integers(0, N_CLASSES + n_rows, len(tree))
+        leaves = [0]
+        for left in range(1, len(tree), 2):
+            parent = leaves.pop(-1 if chain else rng.integers(len(leaves)))
+            tree[parent] = (rng.choice(thresholds), rng.integers(SCATTERED.n_features), left)
+            leaves += [left, left + 1]
+        nodes.append(tree)
+        starts.append(starts[-1] + len(tree))
+    table = rng.dirichlet(np.ones(N_CLASSES), n_rows).reshape(n_rows, N_CLASSES)
+    starts = np.array(starts, np.int64)
+    return Forest(np.concatenate(nodes), starts, table, SCATTERED.offsets, N_CLASSES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees(), st.integers(0, 90), st.integers(0, 2**32 - 1))
+def test_kernel_equals_twin_on_any_trees(forest: Forest, n: int, seed: int) -> None:
+    slab = room(SCATTERED, seed)
+    positions = places(slab, SCATTERED, n, seed)
+    twin = naive.walk_forest(
+        forest.nodes, forest.tree_starts, forest.leaf_table, slab, forest.offsets, positions
+    )
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, twin)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_together", [1, 3, 64, CHUNK])
+def test_kernel_walks_any_number_together(n_together: int) -> None:
+    pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 130)
+    reads = (forest.offsets.astype(np.intp) * slab.strides).sum(axis=1)
+    arrays = (forest.nodes, forest.tree_starts, forest.leaf_table)
+    sums, out = np.empty((n_together, N_CLASSES)), np.empty((130, N_CLASSES))
+    walk_forest(*arrays, slab, reads, positions, sums, out)
+    np.testing.assert_array_equal(out, naive.walk_forest(*arrays, slab, forest.offsets, positions))
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+def test_permuting_labels_permutes_results() -> None:
+    pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
+    slab = room(pattern)
+    positions = places(slab, pattern, 200)
+    found = asked(Forest.from_sklearn(model, pattern, N_CLASSES), slab, positions)
+    order = np.random.default_rng(0).permutation(N_CLASSES)
+    renamed = copy.copy(model)
+    renamed.classes_ = order[model.classes_]
+    permuted = asked(Forest.from_sklearn(renamed, pattern, N_CLASSES), slab, positions)
+    np.testing.assert_array_equal(permuted[:, order], found)
+
+
+def test_classes_without_samples_have_probability_zero() -> None:
+    pattern, model = PATTERNS["block"], estimator("block", max_depth=3)
+    slab = room(pattern)
+    found = asked(Forest.from_sklearn(model, pattern, 300), slab, places(slab, pattern, 99))
+    np.testing.assert_array_equal(found[:, sorted(set(range(300)) - set(SEEN))], 0)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=0, atol=1e-12)
+
+
+def test_moving_slab_and_positions_together_changes_nothing() -> None:
+    pattern, model = PATTERNS["block"], estimator("block")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 200)
+    wider = np.pad(slab, ((0, 2), (1, 3), (5, 0), (2, 7)), constant_values=77)
+    moved = (positions + np.array([1, 5, 2])).astype(np.int32)
+    np.testing.assert_array_equal(asked(forest, wider, moved), asked(forest, slab, positions))
+
+
+def test_float32_is_float64_rounded_and_out_may_be_strided() -> None:
+    pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 200)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(
+        asked(forest, slab, positions, np.float32), found.astype(np.float32)
+    )
+    wide = np.full((N_CLASSES, 400), np.nan, np.float32)
+    forest.probabilities(slab, positions[::-1], wide.T[::2])
+    np.testing.assert_array_equal(wide.T[::2], found[::-1].astype(np.float32))
+    assert np.isnan(wide.T[1::2]).all()
+
+
+def test_one_forest_from_several_threads_at_once() -> None:
+    pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")
+    forest = Forest.from_sklearn(model, pattern, N_CLASSES)
+    slabs = [room(pattern, seed) for seed in range(8)]
+    positions = places(slabs[0], pattern, 3000)
+    alone = [asked(forest, slab, positions) for slab in slabs]
+    with ThreadPoolExecutor(7) as pool:
+        together = list(pool.map(lambda slab: asked(forest, slab, positions), slabs * 3))
+    for n, found in enumerate(together):
+        np.testing.assert_array_equal(found, alone[n % 8])
+
+
+@given(
+    st.one_of(
+        st.floats(-32768, 40000),
+        st.integers(-32768, 32767).map(float),
+        st.integers(-65536, 65535).map(lambda n: n / 2),
+    ).filter(lambda t: t >= -32768),
+    st.integers(-32768, 32767),
+)
+@settings(max_examples=200, deadline=None)
+def test_integer_thresholds_part_voxels_as_float_ones(threshold: float, voxel: int) -> None:
+    from organfast.models.forest import _integer_thresholds
+
+    (whole,) = _integer_thresholds(np.array([threshold]))
+    for x in {voxel, int(np.clip(np.floor(threshold), -32768, 32767)), -32768, 32767}:
+        assert (x <= whole) == (np.float32(x) <= threshold)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def samples(n: int = 300):
+    pattern = PATTERNS["block"]
+    slab = room(pattern, seed=5)
+    positions = places(slab, pattern, n, seed=6)
+    labels = np.random.default_rng(7).choice(SEEN, n)
+    return features_of(slab, pattern, positions), labels
+
+
+@pytest.mark.parametrize("kind", ["random_forest", "extra_trees"])
+def test_training_does_not_depend_on_threads_nor_on_steps(kind: str) -> None:
+    from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+
+    x, y = samples()
+    chosen = ForestSettings(kind, n_trees=23, seed=4)
+    steps: list[tuple[str, int, int]] = []
+    forests = [
+        train_forest(x, y, chosen, PATTERNS["block"], N_CLASSES, threads=threads, progress=report)
+        for threads, report in ((1, None), (2, lambda *step: steps.append(step)), (7, None))
+    ]
+    at_once = {"random_forest": RandomForestClassifier, "extra_trees": ExtraTreesClassifier}[kind]
+    model = at_once(23, random_state=4).fit(x, y)
+    forests.append(Forest.from_sklearn(model, PATTERNS["block"], N_CLASSES))
+    for forest in forests[1:]:
+        for name, array in forest.arrays().items():
+            np.testing.assert_array_equal(array, forests[0].arrays()[name])
+    assert [done for _, done, _ in steps] == [0, 10, 20, 23]
+    assert {total for _, _, total in steps} == {23}
+
+
+def test_settings_reach_the_trees() -> None:
+    x, y = samples()
+    small = ForestSettings(n_trees=3, max_depth=2, min_samples_leaf=5, max_features=0.5)
+    forest = train_forest(x, y, small, PATTERNS["block"], N_CLASSES)
+    assert forest.n_trees == 3
+    assert max(np.diff(forest.tree_starts)) <= 7
+    other = train_forest(x, y, replace(small, seed=1), PATTERNS["block"], N_CLASSES)
+    assert not np.array_equal(forest.nodes[:7], other.nodes[:7])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"kind": "boosting"}, "boosting"),
+        ({"n_trees": 0}, "n_trees is 0"),
+        ({"n_trees": 2.0}, "n_trees is 2.0"),
+        ({"max_depth": 0}, "max_depth is 0"),
+        ({"min_samples_leaf": 0}, "min_samples_leaf is 0"),
+        ({"max_features": "all"}, "max_features is 'all'"),
+        ({"max_features": 1.5}, r"max_features is 1\.5"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForestSettings(**setting)
+
+
+def test_training_data_that_does_not_fit_is_refused() -> None:
+    x, y = samples(20)
+    chosen, pattern = ForestSettings(n_trees=1), PATTERNS["block"]
+    for features, labels, message in (
+        (x.astype(np.float64), y, "float64"),
+        (x[:, :-1], y, r"\(20, 80\)"),
+        (x[:10], y, r"\(10, 81\)"),
+        (x[:0], y[:0], "no sample"),
+        (x, y + 1, "0 to 6"),
+        (x, y - 1, "0 to 6"),
+        (x, y.astype(float), "integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_forest(features, labels, chosen, pattern, N_CLASSES)
+    with pytest.raises(ValueError, match="threads is 0"):
+        train_forest(x, y, chosen, pattern, N_CLASSES, threads=0)
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+def test_a_call_that_would_read_elsewhere_is_refused() -> None:
+    pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 3)
+    out = np.empty((3, N_CLASSES))
+    frozen = out.copy()
+    frozen.flags.writeable = False
+    for arguments, message in (
+        ((slab[0], positions, out), "slab is 3-D"),
+        ((slab.astype(np.int32), positions, out), "int32"),
+        ((slab.astype(">i2"), positions, out), ">i2"),
+        ((slab[:1], positions, out), "1 levels; the pattern reads 2"),
+        ((slab, positions.astype(np.int64), out), "int64"),
+        ((slab, positions[:, :2], out), r"\(3, 2\)"),
+        ((slab, positions, out[:2]), r"\(2, 7\)"),
+        ((slab, positions, out[:, :6]), r"\(3, 6\)"),
+        ((slab, positions, out.astype(np.float16)), "float16"),
+        ((slab, positions, frozen), "writable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forest.probabilities(*arguments)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("beyond", [-1, 1, 2**31 - 1, -(2**31)])
+def test_a_position_beyond_the_slab_is_refused(axis: int, beyond: int) -> None:
+    pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 5)  # the first two touch the ends
+    positions[0, axis] = positions[0, axis] - 1 if beyond == -1 else positions[0, axis]
+    positions[1, axis] = positions[1, axis] + 1 if beyond == 1 else positions[1, axis]
+    if abs(beyond) > 1:
+        positions[2, axis] = beyond
+    with pytest.raises(ValueError, match=f"along {'kij'[axis]}"):
+        forest.probabilities(slab, positions, np.empty((5, N_CLASSES)))
+
+
+def test_an_estimator_that_does_not_fit_is_refused() -> None:
+    from sklearn.ensemble import RandomForestClassifier
+
+    model = estimator("block")
+    with pytest.raises(ValueError, match="81 features, the pattern has 150"):
+        Forest.from_sklearn(model, PATTERNS["block 3-D"], N_CLASSES)
+    with pytest.raises(ValueError, match="labels up to 6, not 4"):
+        Forest.from_sklearn(model, PATTERNS["block"], 4)
+    x = np.array([[-70000.0], [-60000.0]], np.float32)
+    for features, labels, message in (
+        (x, [0, 1], "not trained on int16"),  # no voxel would go left
+        (x, ["a", "b"], "integer label"),
+        (x, [[0, 1], [1, 0]], "integer label"),
+    ):
+        other = RandomForestClassifier(3, bootstrap=False).fit(features, labels)
+        with pytest.raises(ValueError, match=message):
+            Forest.from_sklearn(other, Block(1), N_CLASSES)
+
+
+def test_more_features_than_nodes_can_name_are_refused_in_words() -> None:
+    offsets = np.zeros((65_536, 4), np.int32)
+    leaf = np.array([(0, 0, ~0)], NODE)
+    one_tree, no_rows = np.array([0, 1]), np.empty((0, 2))
+    Forest(leaf, one_tree, no_rows, offsets[1:], 2)
+    with pytest.raises(ValueError, match="65536 features does not fit"):
+        Forest(leaf, one_tree, no_rows, offsets, 2)
