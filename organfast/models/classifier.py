@@ -1,0 +1,419 @@
+"""A model: a classifier with all that is needed to use it on a new scan, in one file.
+
+An ``.organfast`` file is a safetensors file: arrays, and in its metadata under ``organfast`` a JSON
+header with everything else. It holds no code. A file is not trusted: each value of the header
+and each node of the forest is checked before anything runs on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.anatomy import ClassTable
+from organfast.blocks import Block, pattern_from_dict
+from organfast.errors import InputError
+from organfast.grid import ModelGrid
+from organfast.models.forest import Forest
+
+__all__ = ["Classifier", "Model", "load_model", "save_model"]
+
+StrPath = str | PathLike[str]
+
+SCHEMA = 1
+NATIVE_STRIDE = (1, 4, 4)
+MAX_STRIDE = 4096
+MAX_CLASSES = 4096
+
+_KEY = "organfast"
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_LEVELS = 16
+_MAX_QUOTED = 300
+_NO_RECORD = {"cases": {}, "n_examples": 0, "spacing_mm": None}
+_RETRAIN = "give a model file that `organfast train` wrote"
+
+
+class Classifier(Protocol):
+    """What tells classes from the voxels around a position. Stateless; several threads may ask."""
+
+    @property
+    def n_classes(self) -> int:
+        """Columns of the probabilities."""
+
+    def probabilities(
+        self,
+        slab: NDArray[np.int16],
+        positions: NDArray[np.int32],
+        out: NDArray[np.float32] | NDArray[np.float64],
+    ) -> None:
+        """Class probabilities at positions of a slab.
+
+        Parameters
+        ----------
+        slab : (L, K, R, C) int16, HU
+            Levels around the positions, from ``levels_slab``.
+        positions : (n, 3) int32
+            (k, i, j) in the slab, its padding included.
+        out : (n, n_classes) float32 or float64
+            Receives the probabilities.
+        """
+
+
+def _library_versions() -> dict[str, str]:
+    names = ("organfast", "numpy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A classifier, the classes it tells apart, and how it sees a scan.
+
+    Parameters
+    ----------
+    classifier : Forest
+        Trained on ``pattern`` and ``classes``.
+    classes : ClassTable
+        Its classes, in the order of its probabilities.
+    pattern : Block
+        What it reads around a position.
+    grid : ModelGrid
+        The grid that a scan is brought to first.
+    stride : (k, i, j) int
+        Voxels of the model grid between positions, unless a user asks for others.
+    training : mapping
+        Record of the training, for JSON: ``cases`` (name -> digests), ``n_examples``,
+        ``spacing_mm`` (x, y, z, or None) and whatever else tells how the model was made.
+    scores : mapping
+        By use ("validation", "test") the held-out scores, for JSON: ``n_patients``, ``n_blocks``,
+        ``block_accuracy``, ``block_accuracy_organs`` and others.
+    versions : mapping of str to str
+        Library versions that made the model.
+
+    Raises
+    ------
+    ValueError
+        The parts do not fit each other, or a record is not for JSON.
+    """
+
+    classifier: Forest
+    classes: ClassTable
+    pattern: Block
+    grid: ModelGrid
+    stride: tuple[int, int, int] = NATIVE_STRIDE
+    training: Mapping[str, Any] = field(default_factory=lambda: dict(_NO_RECORD))
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=_library_versions)
+
+    def __post_init__(self) -> None:
+        if self.classifier.n_classes != len(self.classes):
+            raise ValueError(
+                f"the classifier tells {self.classifier.n_classes} classes apart, "
+                f"the class table has {len(self.classes)}"
+            )
+        if not np.array_equal(self.classifier.offsets, self.pattern.offsets):
+            raise ValueError("the classifier reads other voxels than the pattern")
+        if len(self.stride) != 3 or not all(
+            isinstance(s, (int, np.integer)) and 1 <= s <= MAX_STRIDE for s in self.stride
+        ):
+            raise ValueError(f"stride is {self.stride}; give three numbers from 1 to {MAX_STRIDE}")
+        k, i, j = self.stride
+        object.__setattr__(self, "stride", (int(k), int(i), int(j)))
+        _check_header(self._header)
+
+    @cached_property
+    def _header(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON gives it back."""
+        header = {
+            "schema": SCHEMA,
+            "classifier": "forest",
+            "classes": self.classes.to_dict(),
+            "pattern": self.pattern.to_dict(),
+            "grid": self.grid.to_dict(),
+            "stride": self.stride,
+            "training": self.training,
+            "scores": self.scores,
+            "versions": self.versions,
+            "calibration": None,
+            "presets": None,
+        }
+        try:
+            text = json.dumps(header, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the record of a model must be for JSON: {error}") from None
+        return dict(json.loads(text))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the content, the same for a model and for its file loaded anywhere."""
+        content = hashlib.sha256(_text(self._header).encode())
+        for name, array in sorted(self.classifier.arrays().items()):
+            content.update(f"{name} {array.dtype.name} {array.shape}".encode())
+            content.update(array.tobytes())
+        return content.hexdigest()
+
+
+def save_model(model: Model, path: StrPath) -> None:
+    """Write a model file, whole or not at all; equal models give equal bytes.
+
+    Parameters
+    ----------
+    model : Model
+        What to write.
+    path : path
+        Where to. What stands there is replaced once the new file is complete.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    # One metadata key: safetensors writes several in random order.
+    content = save(model.classifier.arrays(), {_KEY: _text(model._header)})
+    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(
+            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
+        ) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def load_model(path: StrPath) -> Model:
+    """Read a model file, and check all of it.
+
+    Parameters
+    ----------
+    path : path
+        As :func:`save_model` wrote it.
+
+    Returns
+    -------
+    Model
+        Safe to run on any scan, whoever made the file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is no model, is damaged or was tampered with.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = _read_header(path, file)
+            file.seek(0)
+            content = file.read()
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", _RETRAIN) from None
+    try:
+        _check_header(header)
+        classes = ClassTable.from_dict(header["classes"])
+        pattern = pattern_from_dict(header["pattern"])
+        grid = ModelGrid.from_dict(header["grid"])
+        forest = Forest.from_arrays(_read_arrays(content), pattern.offsets, len(classes))
+        return Model(
+            classifier=forest,
+            classes=classes,
+            pattern=pattern,
+            grid=grid,
+            **{name: header[name] for name in ("stride", "training", "scores", "versions")},
+        )
+    except ValueError as error:
+        # It may quote the file: nothing that steers a terminal, and no pages.
+        problem = "".join(c if c.isprintable() else " " for c in str(error)[:_MAX_QUOTED])
+        raise InputError(path, f"is not a valid model: {problem}", _RETRAIN) from None
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def _text(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"))
+
+
+def _read_header(path: StrPath, file: BinaryIO) -> dict[str, Any]:
+    """The JSON header, read before the arrays: another kind of file is not read whole."""
+    not_a_model = InputError(path, "is not an organfast model", _RETRAIN)
+    n_bytes = int.from_bytes(file.read(8), "little")
+    if not 2 <= n_bytes <= _MAX_HEADER_BYTES:
+        raise not_a_model
+    try:
+        outer = json.loads(file.read(n_bytes))
+        header = json.loads(
+            outer["__metadata__"][_KEY],
+            parse_int=_int64,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise not_a_model from None
+    schema = header.get("schema") if isinstance(header, dict) else None
+    if type(schema) is not int or schema < 1:
+        raise not_a_model
+    if schema > SCHEMA:
+        raise InputError(
+            path,
+            f"was made by a newer organfast (model schema {schema}, this one reads {SCHEMA})",
+            "update organfast, or train the model again",
+        )
+    return dict(header)
+
+
+def _int64(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError(f"{text:.20} is too long a number")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
+# Name -> safetensors' name of the dtype, NumPy's, and the number of axes.
+_ARRAYS = {
+    "threshold": ("I16", "<i2", 1),
+    "feature": ("U16", "<u2", 1),
+    "left": ("I32", "<i4", 1),
+    "tree_starts": ("I64", "<i8", 1),
+    "leaf_table": ("F64", "<f8", 2),
+}
+
+
+def _read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        stored = dict(deserialize(content))  # type: ignore[no-untyped-call]  # a stub without types
+    except SafetensorError as error:
+        raise ValueError(f"damaged arrays ({error})") from None
+    if set(stored) != set(_ARRAYS):
+        raise ValueError(f"it holds the arrays {', '.join(sorted(stored)) or 'of no forest'}")
+    arrays = {}
+    for name, (stored_dtype, dtype, n_axes) in _ARRAYS.items():
+        entry = stored[name]
+        if entry["dtype"] != stored_dtype or len(entry["shape"]) != n_axes:
+            raise ValueError(f"{name} is {len(entry['shape'])}-D {entry['dtype']}")
+        arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return arrays
+
+
+# --- what a header must be ------------------------------------------------------------------------
+
+# A type; alternatives; [items]; {key: value}, where `str: value` stands for any further keys.
+# `object` is any JSON.
+_NUMBER = (int, float)
+_SHAPE: dict[Any, Any] = {
+    "schema": int,
+    "classifier": str,
+    "classes": [
+        {
+            "name": str,
+            "role": str,
+            "radlex": (int, None),
+            "side": str,
+            "mirror": str,
+            "snomed": str,
+            "totalsegmentator": [str],
+            "rgb": [int],
+        }
+    ],
+    "pattern": {str: (*_NUMBER, str, [_NUMBER])},
+    "grid": {"spacing_mm": ([_NUMBER], None), "hu_table": str},
+    "stride": [int],
+    "training": {
+        "cases": {str: object},
+        "n_examples": int,
+        "spacing_mm": ([_NUMBER], None),
+        str: object,
+    },
+    "scores": {
+        str: {
+            "n_patients": int,
+            "n_blocks": int,
+            "block_accuracy": _NUMBER,
+            "block_accuracy_organs": _NUMBER,
+            str: object,
+        }
+    },
+    "versions": {str: str},
+    "calibration": None,
+    "presets": None,
+}
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    fault = _fault(header, _SHAPE, "")
+    if fault is not None:
+        raise ValueError(f"{fault.lstrip('.') or 'its header'} is missing, or not of its kind")
+    if header["classifier"] != "forest":
+        raise ValueError(f"it has a classifier of an unknown kind, {header['classifier']!r:.40}")
+    rows = header["classes"]
+    if len(rows) > MAX_CLASSES:
+        raise ValueError(f"it has {len(rows)} classes; {MAX_CLASSES} are possible")
+    for row in rows:
+        if not row["name"].isprintable() or len(row["rgb"]) != 3:
+            raise ValueError(f"its class {row['name']!r:.40} has no printable name or no colour")
+    spacing = header["training"]["spacing_mm"]
+    if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
+        raise ValueError("training.spacing_mm is not three lengths")
+
+
+def _fault(value: Any, shape: Any, where: str) -> str | None:
+    """Where a value does not have its shape, or None."""
+    if shape is object:
+        return None if _is_plain(value, _MAX_LEVELS) else where
+    if isinstance(shape, tuple):
+        return None if any(_fault(value, s, where) is None for s in shape) else where
+    if isinstance(shape, list):
+        items = enumerate(value) if isinstance(value, list) else [(0, None)]
+        faults = (_fault(item, shape[0], f"{where}[{n}]") for n, item in items)
+        return next((fault for fault in faults if fault is not None), None)
+    if isinstance(shape, dict):
+        return _dict_fault(value, shape, where)
+    is_right = value is None if shape is None else type(value) is shape
+    return None if is_right and _is_plain(value, 0) else where
+
+
+def _dict_fault(value: Any, shape: dict[Any, Any], where: str) -> str | None:
+    if not isinstance(value, dict):
+        return where
+    for key, item in value.items():
+        expected = shape.get(key, shape.get(str, False))
+        fault = where if expected is False else _fault(item, expected, f"{where}.{key}")
+        if fault is not None or not _is_plain(key, 0):
+            return fault or where
+    absent = [key for key in shape if key is not str and key not in value]
+    return f"{where}.{absent[0]}" if absent else None
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    """No deeper than ``levels``, and no text that cannot be written."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, (dict, list)):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(item, levels - 1) for item in items)
+    return True
