@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.grid import BlockGrid, check_hu
+from organfast.grid import MAX_WIDTH, BlockGrid, check_hu
 from organfast.kernels import gather as kernels
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 MAX_FEATURES = 65535
-MAX_WIDTH = 127
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,22 @@ class Block:
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Block:
-        """The block that :meth:`to_dict` described; ValueError on anything else."""
+        """The block that :meth:`to_dict` described.
+
+        Parameters
+        ----------
+        content : mapping
+            As read from JSON.
+
+        Raises
+        ------
+        ValueError
+            The content, which may come from a tampered file, describes no block.
+        """
         if not isinstance(content, Mapping) or set(content) != {"kind", "size", "levels", "slices"}:
             raise ValueError("a block is described by kind, size, levels and slices")
         if content["kind"] != "block":
-            raise ValueError(f"pattern kind {content['kind']!r} is not a block")
+            raise ValueError(f"pattern kind is {content['kind']!r}; this version reads 'block'")
         return Block(content["size"], content["levels"], content["slices"])
 
 
@@ -160,9 +170,6 @@ def pattern_from_dict(content: Mapping[str, Any]) -> Block:
     >>> pattern_from_dict(Block(63).to_dict()) == Block(63)
     True
     """
-    kind = content.get("kind") if isinstance(content, Mapping) else None
-    if kind != "block":
-        raise ValueError(f"pattern kind is {kind!r}; this version reads 'block'")
     return Block.from_dict(content)
 
 
@@ -287,29 +294,32 @@ def _scaling(window: tuple[float, float] | None) -> tuple[float, float, float, f
     """(low, scale, least, most) of ``clip((hu - low) * scale, least, most)``."""
     if window is None:
         return 0.0, 1.0, -math.inf, math.inf
-    low, high = (float(edge) for edge in window)
+    low, high = window
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"window is {window!r}; give (low, high) HU with low < high")
-    return low, 1 / (high - low), 0.0, 1.0
+    return float(low), 1 / (high - low), 0.0, 1.0
 
 
-def _positions(shape: tuple[int, ...], centres: int | NDArray[np.integer]) -> NDArray[np.int32]:
-    """(n, 3) int32 (k, i, j), C-contiguous, inside the shape."""
+def _positions(shape: tuple[int, ...], centres: int | NDArray[np.integer]) -> NDArray[np.int64]:
+    """(n, 3) int64 (k, i, j), C-contiguous, inside the shape."""
     if _is_int(centres):
         grid = _block_grid(shape, centres)  # type: ignore[arg-type]  # an int
-        mesh = np.meshgrid(*grid.centres, indexing="ij")
-        return np.stack(mesh, axis=-1).reshape(-1, 3)
+        positions = np.empty((*grid.shape, 3), np.int64)
+        for axis, along in enumerate(np.ix_(*grid.centres)):
+            positions[..., axis] = along
+        return positions.reshape(-1, 3)
     given = np.asarray(centres)
     if given.ndim != 2 or given.shape[1] != len(shape) or given.dtype.kind not in "iu":
         raise ValueError(
             f"centres is {given.dtype} of shape {given.shape}; give a stride, or integers "
             f"(n, {len(shape)})"
         )
-    outside = ((given < 0) | (given >= shape)).any(axis=1)
-    if outside.any():
+    missing = 3 - len(shape)
+    positions = np.zeros((len(given), 3), np.int64)
+    positions[:, missing:] = given
+    if not kernels.all_inside(positions, *(1,) * missing, *shape):
+        outside = ((positions[:, missing:] < 0) | (positions[:, missing:] >= shape)).any(axis=1)
         raise ValueError(f"centre {given[outside][0].tolist()} is not inside shape {shape}")
-    positions = np.zeros((len(given), 3), np.int32)
-    positions[:, 3 - len(shape) :] = given
     return positions
 
 

@@ -40,6 +40,8 @@ __all__ = [
 HU_TABLES = ("identity", "piecewise")
 FINEST_MM, COARSEST_MM = 0.1, 100.0
 MOST_VOXELS = 2**31
+MAX_WIDTH = 127
+"""Widest box of a level: its sums stay below 2^31."""
 
 Taps = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Along one axis: first input voxel (n_out,) and weights (n_taps, n_out) of each output voxel."""
@@ -111,6 +113,11 @@ class ModelGrid:
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> ModelGrid:
         """The grid that :meth:`to_dict` described.
+
+        Parameters
+        ----------
+        content : mapping
+            As read from JSON.
 
         Raises
         ------
@@ -337,7 +344,13 @@ def resampled(
     -------
     (K', R', C') int16
         C-contiguous, ``max(1, round(n / step))`` voxels per axis.
+
+    Raises
+    ------
+    ValueError
+        ``hu`` is not a non-empty int16 volume, or the result would have more than 2^31 voxels.
     """
+    check_hu("hu", hu, 3)
     shape = [_n_voxels(n, s) for n, s in zip(hu.shape, step, strict=True)]
     if math.prod(shape) > MOST_VOXELS:
         raise ValueError(
@@ -466,8 +479,10 @@ def levels_slab(
         The scan on the model grid.
     pattern : Pattern
         What will be read: its ``widths`` and ``reach`` (pk, pr, pc).
-    k0, k1 : int
-        Slices, half-open, ``0 <= k0 < k1 <= K``.
+    k0 : int
+        First slice.
+    k1 : int
+        One beyond the last slice: ``0 <= k0 < k1 <= K``.
     out : (L, k1 - k0 + 2 pk, R + 2 pr, C + 2 pc) int16, optional
         C-contiguous buffer to write and return.
 
@@ -479,9 +494,11 @@ def levels_slab(
     Raises
     ------
     ValueError
-        The slices are not in the volume, or ``out`` does not fit.
+        The slices are not in the volume, a width is not 1 to 127, or ``out`` does not fit.
     """
     n_k, n_r, n_c = grid_volume.shape
+    if not all(1 <= width <= MAX_WIDTH for width in pattern.widths):
+        raise ValueError(f"widths is {pattern.widths}; levels have widths from 1 to {MAX_WIDTH}")
     if not 0 <= k0 < k1 <= n_k:
         raise ValueError(f"slices {k0} to {k1} are not in a volume of {n_k} slices")
     pk, pr, pc = pattern.reach

@@ -1,9 +1,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
+def all_inside(centres: NDArray[np.int64], n_k: int, n_i: int, n_j: int) -> bool: ...
 def gather_blocks(
     hu: NDArray[np.int16],
-    centres: NDArray[np.int32],
+    centres: NDArray[np.int64],
     lo: float,
     scale: float,
     least: float,

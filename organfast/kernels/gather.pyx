@@ -2,7 +2,7 @@
 """Copies of blocks and of features, checked by the functions of ``organfast.blocks``."""
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int16_t, int32_t, int64_t
+from libc.stdint cimport int16_t, int64_t
 
 
 cdef extern from "gather.h" nogil:
@@ -21,14 +21,26 @@ cdef extern from "gather.h" nogil:
         float most
         float air
 
-    void gather_squares(gather_source, const int32_t *, ptrdiff_t, ptrdiff_t, gather_window,
+    void gather_squares(gather_source, const int64_t *, ptrdiff_t, ptrdiff_t, gather_window,
                         float *)
     void gather_reads(const char *, const int64_t *, ptrdiff_t, const int64_t *, ptrdiff_t, float *)
 
 
+def all_inside(const int64_t[:, ::1] centres, ptrdiff_t n_k, ptrdiff_t n_i, ptrdiff_t n_j):
+    """Whether all (k, i, j) of ``centres`` (n, 3) are indices of a volume (n_k, n_i, n_j)."""
+    cdef ptrdiff_t n
+    cdef bint inside = True
+    with nogil:
+        for n in range(centres.shape[0]):
+            inside &= 0 <= centres[n, 0] < n_k
+            inside &= 0 <= centres[n, 1] < n_i
+            inside &= 0 <= centres[n, 2] < n_j
+    return inside
+
+
 def gather_blocks(
     const int16_t[:, :, :] hu,
-    const int32_t[:, ::1] centres,
+    const int64_t[:, ::1] centres,
     float lo,
     float scale,
     float least,
