@@ -8,6 +8,8 @@ skipped, never replaced.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -321,7 +323,8 @@ def load_case(shape: tuple[int, int, int]) -> Benchmark:
     Parameters
     ----------
     shape : (n_x, n_y, n_z) int
-        Voxels of the scan: one noisy slice of a phantom, shifted from slice to slice.
+        Voxels of the scan: at most 512 columns and rows; the middle of a phantom's slice, shifted
+        from slice to slice.
     """
     import nibabel
     from isal import igzip
@@ -330,15 +333,14 @@ def load_case(shape: tuple[int, int, int]) -> Benchmark:
     from organfast.volume import Volume
 
     hu = np.empty(shape, np.int16, order="F")
-    pixels = _slice()[: shape[1], : shape[0]].T
+    first_row, first_column = (512 - shape[1]) // 2, (512 - shape[0]) // 2
+    pixels = _slice()[first_row:, first_column:][: shape[1], : shape[0]].T
     for z in range(shape[2]):
         hu[:, :, z] = np.roll(pixels, z, axis=1)
-    folder = tempfile.TemporaryDirectory(prefix="organfast-bench-")
-    path = Path(folder.name) / "scan.nii.gz"
+    folder = tempfile.mkdtemp(prefix="organfast-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "scan.nii.gz"
     write_volume(path, Volume(hu, np.diag([0.8, 0.8, 3.0, 1.0])))
-
-    def ours(keep: object = folder) -> object:  # the folder lives as long as the case
-        return read_volume(path)
 
     def inflate() -> object:
         with igzip.open(path) as file:
@@ -346,7 +348,7 @@ def load_case(shape: tuple[int, int, int]) -> Benchmark:
 
     return Benchmark(
         f"read {' x '.join(map(str, shape))} int16 .nii.gz",
-        ours,
+        lambda: read_volume(path),
         {
             "nibabel get_fdata(float32)": lambda: nibabel.load(path).get_fdata(dtype=np.float32),
             "isal inflate alone": inflate,
@@ -390,8 +392,8 @@ def forest_case(size: int, stride: int, n_trees: int = 100, n_per_class: int = 4
     blocks = gather_blocks(pixels, centres, size).reshape(len(centres), -1)
     found = np.empty((len(centres), N_CLASSES))
 
-    def ours() -> object:
-        return forest.probabilities(slab, positions, found)
+    def ours() -> None:
+        forest.probabilities(slab, positions, found)
 
     ours()
     expected = np.zeros_like(found)

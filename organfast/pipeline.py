@@ -32,7 +32,6 @@ from organfast.nifti import Scan, as_scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
     Enlargement,
-    Evidence,
     Workers,
     label_volume,
     organ_map,
@@ -400,17 +399,14 @@ def _read(source: Any) -> _Input:
 def _segment(
     given: _Input, model: Model, settings: Settings, threads: int, progress: Progress
 ) -> Result:
-    volume, classes, to_working = (
-        given.scan.volume,
-        model.classes,
-        given.scan.volume.orientation.working,
-    )
+    volume, classes = given.scan.volume, model.classes
     wanted = _wanted_labels(classes, settings)
     kept = [classes.index(name) for name in settings.probabilities]
     seconds = {"read": given.seconds}
-    dtype = np.uint8 if len(classes) <= 256 else np.uint16
-    labels: NDArray[Any] = np.zeros_like(volume.hu, dtype, subok=False)
-    confidence = np.zeros_like(volume.hu, np.uint8, subok=False)
+    # In working order, whatever the order of the file: the kernels write along memory.
+    shape = volume.working.shape
+    labels: NDArray[Any] = np.zeros(shape, np.uint8 if len(classes) <= 256 else np.uint16)
+    confidence = np.zeros(shape, np.uint8)
 
     with _timed(seconds, "model grid and body"):
         flow = _Flow.prepare(volume, model, settings, threads)
@@ -418,23 +414,22 @@ def _segment(
         evidence = label_volume(
             flow.slabs(workers, progress),
             flow.enlargement,
-            to_working(labels),
+            labels,
             workers,
-            confidence=to_working(confidence),
+            confidence=confidence,
             keep=kept,
         )
     with _timed(seconds, "clean"):
-        cleaned = clean(to_working(labels), classes, settings.cleaning, volume.voxel_ml)
+        cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
-        organs = measure_organs(
-            to_working(labels), to_working(confidence), volume, classes, _sums(evidence)
-        )
-    _clear_unwanted(labels, wanted, classes)
+        organs = measure_organs(labels, confidence, volume, classes, evidence.position)
+        organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
+        _clear_unwanted(labels, wanted, classes)
     return Result(
         scan=given.scan,
-        labels=labels,
-        confidence=confidence,
-        organs={name: organ for name, organ in organs.items() if organ.label in wanted},
+        labels=volume.orientation.stored(labels),
+        confidence=volume.orientation.stored(confidence),
+        organs=organs,
         classes=classes,
         record={
             "organfast": __version__,
@@ -494,13 +489,13 @@ class _Flow:
     ) -> NDArray[np.uint8]:
         """One structure at full size; the classifier runs again if its positions were not kept."""
         label = self.model.classes.index(name)
-        out = np.zeros_like(self.volume.hu, np.uint8, subok=False)
+        out = np.zeros(self.enlargement.shape, np.uint8)
         with Workers(threads) as workers:
             coarse = kept.get(label)
             if coarse is None:
                 coarse = np.stack([slab[..., label] for _, slab in self.slabs(workers)])
-            organ_map(coarse, self.enlargement, self.volume.orientation.working(out), workers)
-        return out
+            organ_map(coarse, self.enlargement, out, workers)
+        return self.volume.orientation.stored(out)
 
 
 def _stride(stride: int | tuple[int, int, int]) -> tuple[int, int, int]:
@@ -521,17 +516,10 @@ def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:
 def _clear_unwanted(
     labels: NDArray[np.unsignedinteger], wanted: frozenset[int], classes: ClassTable
 ) -> None:
-    """Turn every label that was not asked for into background, slice by slice in memory order."""
+    """Turn every label that was not asked for into background, slice by slice."""
     kept = np.array([n if n in wanted else 0 for n in range(len(classes))], labels.dtype)
-    slowest = int(np.argmax(np.abs(labels.strides)))
-    for part in np.moveaxis(labels, slowest, 0):
-        part[...] = kept[part]
-
-
-def _sums(evidence: Evidence) -> NDArray[np.float64]:
-    """Sums of p**2 and of p**2 (k, i, j) per class."""
-    position = np.nan_to_num(evidence.position)
-    return np.column_stack([evidence.weight, evidence.weight[:, None] * position])
+    for labels_slice in labels:
+        labels_slice[...] = kept[labels_slice]
 
 
 def _spacing_warnings(volume: Volume, model: Model) -> tuple[str, ...]:

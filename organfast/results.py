@@ -61,8 +61,8 @@ class Result:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Everything that a reader should check, about the scan and about its organs."""
-        organs = tuple(w for organ in self.organs.values() for w in organ.warnings)
-        return (*self.record["warnings"], *organs)
+        of_organs = (w for organ in self.organs.values() for w in organ.warnings)
+        return tuple(dict.fromkeys((*self.record["warnings"], *of_organs)))
 
     def probability(self, name: str) -> NDArray[np.uint8]:
         """Full-size probability map of one organ.

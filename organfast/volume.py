@@ -62,6 +62,11 @@ class Orientation:
         view = stored.transpose(self.axes)
         return view[tuple(slice(None, None, -1 if f else 1) for f in self.flips)]
 
+    def stored(self, working: NDArray) -> NDArray:  # type: ignore[type-arg]
+        """View of a working array in stored order: the inverse of :meth:`working`."""
+        view = working[tuple(slice(None, None, -1 if f else 1) for f in self.flips)]
+        return view.transpose(np.argsort(self.axes))
+
     def working_affine(
         self, affine: NDArray[np.float64], shape: tuple[int, ...]
     ) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 COLUMNS = [
     ["errors"],
     ["anatomy", "volume"],
-    ["nifti", "layouts", "phantom", "painting"],
+    ["nifti", "layouts", "phantom", "torso", "painting"],
     ["grid", "body"],
     ["blocks", "sampling"],
     ["models.classifier", "models.forest"],

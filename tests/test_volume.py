@@ -39,6 +39,7 @@ def test_working_order_is_superior_anterior_right_for_all_48(
     np.testing.assert_array_equal(np.argmax(np.abs(directions), axis=0), [2, 1, 0])
     assert np.diag(directions[::-1]).min() > 0
     assert np.shares_memory(volume.working, hu)
+    np.testing.assert_array_equal(volume.orientation.stored(volume.working), hu)
     for index in itertools.product(*(range(n) for n in volume.working.shape)):
         stored = volume.orientation.stored_index(index, hu.shape)
         assert hu[tuple(int(n) for n in stored)] == volume.working[index]
