@@ -5,8 +5,8 @@
    of it goes on as single positions, up to FOREST_LANES of them interleaved so that the loads of
    one hide behind those of the others. Neither loop branches on a voxel.
 
-   Scalar on purpose: one voxel per load is as fast here as a hardware gather of 16, on machines
-   whose gathers are slow faster, and needs no other instruction set than the compiler's default. */
+   Scalar on purpose: with one load per voxel this is as fast as interleaved lanes of hardware
+   gathers, and it needs no other instruction set than the compiler's default. */
 #ifndef ORGANFAST_FOREST_H
 #define ORGANFAST_FOREST_H
 
@@ -17,8 +17,9 @@
 enum {
     FOREST_CHUNK = 2048, /* positions walked together; their numbers fit FOREST_SLOT_BITS */
     FOREST_LANES = 256,
-    FOREST_SMALL_SET = 16, /* parting a smaller set costs more than it saves (8 to 48: within 5 %) */
-    FOREST_SLOT_BITS = 16
+    FOREST_SMALL_SET = 16, /* parting a smaller set costs more than it saves (8 to 32: within 3 %) */
+    FOREST_SLOT_BITS = 16,
+    FOREST_ROOT = 2 /* side of the items that stand at the root */
 };
 
 /* As in the model file. A position whose voxel is at most the threshold goes to `left`, any other
@@ -51,23 +52,13 @@ static inline int16_t forest_voxel(const char *at)
     return hu;
 }
 
-/* Any index will do, a leaf's code too: it is a hint. */
-static inline void forest_prefetch(const forest_node *tree, ptrdiff_t index)
-{
-#if defined(__GNUC__)
-    __builtin_prefetch((const void *)((uintptr_t)tree + (uintptr_t)index * sizeof *tree));
-#else
-    (void)tree, (void)index;
-#endif
-}
-
 /* Positions lo..hi of items[side] stand at a node. */
 typedef struct {
     int32_t node, side, lo, hi;
 } forest_set;
 
 typedef struct {
-    forest_item items[2][FOREST_CHUNK];
+    forest_item items[3][FOREST_CHUNK]; /* two sides to part to and fro, and all at the root */
     /* Sets on the stack are disjoint and not small, so there are never more of them. */
     forest_set stack[FOREST_CHUNK / FOREST_SMALL_SET];
     int32_t n_sets;
@@ -95,26 +86,24 @@ static inline void forest_settle(forest_walk *walk, const forest_node *tree, for
     }
 }
 
-/* Part a set at its node into the other buffer: the left part from the front, the right part from
-   the back. Each item is written at both ends; the end that does not count is written over. */
+/* Part a set at its node into another buffer: the left part from the front, the right part from the
+   back. Each item is written at both ends; the end that does not count is written over. */
 static inline void forest_part(forest_walk *walk, const forest_node *tree, const char *voxels,
                                const ptrdiff_t *offsets, forest_set set, int32_t *codes)
 {
     const forest_node node = tree[set.node];
+    const ptrdiff_t offset = offsets[node.feature];
     const forest_item *from = walk->items[set.side];
     forest_item *to = walk->items[!set.side];
-    const ptrdiff_t offset = offsets[node.feature];
-    int32_t front = set.lo, back = set.hi - 1;
-    for (int32_t i = set.lo; i < set.hi; i++) {
+    ptrdiff_t front = set.lo;
+    for (ptrdiff_t i = set.lo, rest = set.hi - 1 - set.lo; rest >= 0; i++, rest--) {
         forest_item item = from[i];
-        int32_t right = forest_voxel(voxels + (forest_place(item) + offset)) > node.threshold;
         to[front] = item;
-        to[back] = item;
-        front += 1 - right;
-        back -= right;
+        to[front + rest] = item; /* every item that went right brought the back one nearer */
+        front += forest_voxel(voxels + (forest_place(item) + offset)) <= node.threshold;
     }
-    forest_set right = {node.left + 1, !set.side, front, set.hi};
-    forest_set left = {node.left, !set.side, set.lo, front};
+    forest_set right = {node.left + 1, !set.side, (int32_t)front, set.hi};
+    forest_set left = {node.left, !set.side, set.lo, (int32_t)front};
     forest_settle(walk, tree, right, codes);
     forest_settle(walk, tree, left, codes);
 }
@@ -123,11 +112,11 @@ static inline void forest_part(forest_walk *walk, const forest_node *tree, const
    a leaf move up to the front; a code that is no leaf's is written over in a later round. */
 static inline void forest_interleave(const forest_node *tree, const char *voxels,
                                      const ptrdiff_t *offsets, forest_item *items, int32_t *nodes,
-                                     int32_t n, int32_t *codes)
+                                     ptrdiff_t n, int32_t *codes)
 {
     while (n > 0) {
-        int32_t n_inside = 0;
-        for (int32_t i = 0; i < n; i++) {
+        ptrdiff_t n_inside = 0;
+        for (ptrdiff_t i = 0; i < n; i++) {
             forest_item item = items[i];
             forest_node node = tree[nodes[i]];
             int32_t right = forest_voxel(voxels + (forest_place(item) + offsets[node.feature]))
@@ -135,20 +124,23 @@ static inline void forest_interleave(const forest_node *tree, const char *voxels
             codes[(uint16_t)item] = ~node.left;
             items[n_inside] = item;
             nodes[n_inside] = node.left + right;
-            forest_prefetch(tree, node.left + right); /* read in the next round: a tenth faster */
             n_inside += node.left >= 0;
         }
         n = n_inside;
     }
 }
 
-/* codes[p] = the leaf of position p, for n <= FOREST_CHUNK places in bytes from `voxels`. */
-static inline void forest_walk_tree(forest_walk *walk, const forest_node *tree, const char *voxels,
-                                    const ptrdiff_t *offsets, const ptrdiff_t *places, int32_t n,
-                                    int32_t *codes)
+/* Put n <= FOREST_CHUNK positions at the root, given their places in bytes from the first voxel. */
+static inline void forest_start(forest_walk *walk, const ptrdiff_t *places, int32_t n)
 {
-    forest_set all = {0, 0, 0, n};
-    for (int32_t i = 0; i < n; i++) walk->items[0][i] = forest_pack(places[i], (uint16_t)i);
+    for (int32_t i = 0; i < n; i++) walk->items[FOREST_ROOT][i] = forest_pack(places[i], (uint16_t)i);
+}
+
+/* codes[p] = the leaf of position p, for the n positions that were put at the root. */
+static inline void forest_walk_tree(forest_walk *walk, const forest_node *tree, const char *voxels,
+                                    const ptrdiff_t *offsets, int32_t n, int32_t *codes)
+{
+    forest_set all = {0, FOREST_ROOT, 0, n};
     walk->n_sets = walk->n_singles = 0;
     forest_settle(walk, tree, all, codes);
     while (walk->n_sets > 0) {

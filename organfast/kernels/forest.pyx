@@ -17,8 +17,9 @@ cdef extern from "forest.h" nogil:
     ctypedef struct forest_walk:
         pass
 
+    void forest_start(forest_walk *, const ptrdiff_t *, int32_t)
     void forest_walk_tree(forest_walk *, const forest_node *, const char *, const ptrdiff_t *,
-                          const ptrdiff_t *, int32_t, int32_t *)
+                          int32_t, int32_t *)
     void forest_add_leaves(const int32_t *, int32_t, const double *, ptrdiff_t, double *)
 
 
@@ -69,9 +70,10 @@ def walk_forest(
                     + positions[first + p, 1] * slab.strides[2]
                     + positions[first + p, 2] * slab.strides[3]
                 )
+            forest_start(&walk, places, <int32_t>n_here)
             sums[:n_here] = 0
             for t in range(n_trees):
-                forest_walk_tree(&walk, &nodes[tree_starts[t]], voxels, &reads[0], places,
+                forest_walk_tree(&walk, &nodes[tree_starts[t]], voxels, &reads[0],
                                  <int32_t>n_here, codes)
                 forest_add_leaves(codes, <int32_t>n_here, table, n_classes, &sums[0, 0])
             for p in range(n_here):
