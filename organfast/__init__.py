@@ -13,18 +13,83 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from organfast.anatomy import ClassTable as ClassTable
     from organfast.anatomy import Structure as Structure
+    from organfast.blocks import Block as Block
+    from organfast.blocks import block_views as block_views
+    from organfast.blocks import gather_blocks as gather_blocks
     from organfast.errors import InputError as InputError
+    from organfast.grid import ModelGrid as ModelGrid
+    from organfast.layouts import find_cases as find_cases
+    from organfast.models.classifier import Model as Model
+    from organfast.models.classifier import load_model as load_model
+    from organfast.models.classifier import save_model as save_model
+    from organfast.models.forest import ForestSettings as ForestSettings
+    from organfast.organs import Organ as Organ
+    from organfast.pipeline import Recipe as Recipe
+    from organfast.pipeline import Settings as Settings
+    from organfast.pipeline import locate as locate
+    from organfast.pipeline import segment as segment
+    from organfast.pipeline import segment_many as segment_many
+    from organfast.pipeline import train as train
+    from organfast.probability import enlarge as enlarge
+    from organfast.results import Result as Result
+    from organfast.sampling import Split as Split
+    from organfast.segmentation import Cleaning as Cleaning
     from organfast.volume import Volume as Volume
 
 _HOMES = {
+    "Block": "organfast.blocks",
     "ClassTable": "organfast.anatomy",
+    "Cleaning": "organfast.segmentation",
+    "ForestSettings": "organfast.models.forest",
     "InputError": "organfast.errors",
+    "Model": "organfast.models.classifier",
+    "ModelGrid": "organfast.grid",
+    "Organ": "organfast.organs",
+    "Recipe": "organfast.pipeline",
+    "Result": "organfast.results",
+    "Settings": "organfast.pipeline",
+    "Split": "organfast.sampling",
     "Structure": "organfast.anatomy",
     "Volume": "organfast.volume",
+    "block_views": "organfast.blocks",
+    "enlarge": "organfast.probability",
+    "find_cases": "organfast.layouts",
+    "gather_blocks": "organfast.blocks",
+    "load_model": "organfast.models.classifier",
+    "locate": "organfast.pipeline",
+    "save_model": "organfast.models.classifier",
+    "segment": "organfast.pipeline",
+    "segment_many": "organfast.pipeline",
+    "train": "organfast.pipeline",
 }
 
 __version__ = version("organfast")
-__all__ = ["ClassTable", "InputError", "Structure", "Volume"]
+__all__ = [
+    "Block",
+    "ClassTable",
+    "Cleaning",
+    "ForestSettings",
+    "InputError",
+    "Model",
+    "ModelGrid",
+    "Organ",
+    "Recipe",
+    "Result",
+    "Settings",
+    "Split",
+    "Structure",
+    "Volume",
+    "block_views",
+    "enlarge",
+    "find_cases",
+    "gather_blocks",
+    "load_model",
+    "locate",
+    "save_model",
+    "segment",
+    "segment_many",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

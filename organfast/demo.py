@@ -16,6 +16,7 @@ from organfast.errors import InputError
 from organfast.layouts import write_case
 from organfast.metrics import centroid_error_mm, dice_per_class
 from organfast.models.classifier import save_model
+from organfast.models.forest import ForestSettings
 from organfast.organs import measure_organs
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, PhantomCase, class_labels, cohort, phantom
@@ -95,8 +96,8 @@ def run_demo(
 
     model = train(
         folder / "cohort",
-        Block(33, levels=(1, 3, 9)),
-        Recipe(seed=seed),
+        Block(17, levels=(1, 3, 9)),
+        Recipe(n_per_class=300, forest=ForestSettings("extra_trees", n_trees=60), seed=seed),
         threads=threads,
         progress=progress,
     )

@@ -50,7 +50,7 @@ def test_the_commands_cases_are_those_of_the_small_ones() -> None:
 
 def test_gather_case_compares_the_same_numbers() -> None:
     case = gather_case(17, 33)
-    blocks, expected = case.ours(), case.peers["numpy sliding_window_view"]()
+    blocks, expected = case.ours(), case.peers["numpy sliding_window_view + copy"]()
     flat = np.asarray(expected).reshape(-1, 17, 17)
     np.testing.assert_allclose(np.asarray(blocks), flat[: len(np.asarray(blocks))], atol=1e-6)
 
