@@ -384,6 +384,7 @@ def test_training_data_that_does_not_fit_is_refused() -> None:
         (x[:, :-1], y, r"\(20, 80\)"),
         (x[:10], y, r"\(10, 81\)"),
         (x[:0], y[:0], "no sample"),
+        (np.where(x == x.max(), np.nan, x).astype(np.float32), y, "NaN"),
         (x, y + 1, "0 to 6"),
         (x, y - 1, "0 to 6"),
         (x, y.astype(float), "integers"),

@@ -17,7 +17,7 @@
 enum {
     FOREST_CHUNK = 2048, /* positions walked together; their numbers fit FOREST_SLOT_BITS */
     FOREST_LANES = 256,
-    FOREST_SMALL_SET = 16, /* parting a smaller set costs more than it saves (8 to 32: within 3 %) */
+    FOREST_SMALL_SET = 16, /* smaller ones are not worth parting (8 to 32: within 3 %) */
     FOREST_SLOT_BITS = 16,
     FOREST_ROOT = 2 /* side of the items that stand at the root */
 };
@@ -58,7 +58,7 @@ typedef struct {
 } forest_set;
 
 typedef struct {
-    forest_item items[3][FOREST_CHUNK]; /* two sides to part to and fro, and all at the root */
+    forest_item items[3][FOREST_CHUNK]; /* two sides to part to and fro, and the root's */
     /* Sets on the stack are disjoint and not small, so there are never more of them. */
     forest_set stack[FOREST_CHUNK / FOREST_SMALL_SET];
     int32_t n_sets;
@@ -68,7 +68,7 @@ typedef struct {
     int32_t n_singles;
 } forest_walk;
 
-/* Where a set that has arrived at a node goes next: to its leaf, to the singles, or on the stack. */
+/* Where a set that has come to a node goes next: to its leaf, to the singles, or on the stack. */
 static inline void forest_settle(forest_walk *walk, const forest_node *tree, forest_set set,
                                  int32_t *codes)
 {
@@ -133,7 +133,8 @@ static inline void forest_interleave(const forest_node *tree, const char *voxels
 /* Put n <= FOREST_CHUNK positions at the root, given their places in bytes from the first voxel. */
 static inline void forest_start(forest_walk *walk, const ptrdiff_t *places, int32_t n)
 {
-    for (int32_t i = 0; i < n; i++) walk->items[FOREST_ROOT][i] = forest_pack(places[i], (uint16_t)i);
+    forest_item *items = walk->items[FOREST_ROOT];
+    for (int32_t i = 0; i < n; i++) items[i] = forest_pack(places[i], (uint16_t)i);
 }
 
 /* codes[p] = the leaf of position p, for the n positions that were put at the root. */
@@ -154,8 +155,8 @@ static inline void forest_walk_tree(forest_walk *walk, const forest_node *tree, 
     }
 }
 
-/* sums[p, class] += the distribution of leaf codes[p]. Codes below n_classes are pure leaves; adding
-   the zeros of their other classes would change no bit. */
+/* sums[p, class] += the shares in leaf codes[p]. Codes below n_classes are pure leaves; adding the
+   zeros of their other classes would change no bit. */
 static inline void forest_add_leaves(const int32_t *codes, int32_t n, const double *leaf_table,
                                      ptrdiff_t n_classes, double *sums)
 {

@@ -175,7 +175,8 @@ class Forest:
         starts = np.cumsum([0, *(tree.node_count for tree in trees)], dtype=np.int64)
         table, row = np.unique(np.concatenate(leaves.rows), axis=0, return_inverse=True)
         is_mixed = ~nodes["left"] >= n_classes
-        nodes["left"][is_mixed] = ~(n_classes + row[~nodes["left"][is_mixed] - n_classes])
+        rows = row.ravel()[~nodes["left"][is_mixed] - n_classes]  # NumPy 2.0: (n, 1)
+        nodes["left"][is_mixed] = ~(n_classes + rows)
         return Forest(nodes, starts, table, pattern.offsets, n_classes)
 
     @staticmethod
@@ -319,6 +320,8 @@ def train_forest(
         )
     if len(labels) == 0:
         raise ValueError("no sample to train on; label at least one voxel")
+    if not np.isfinite(features.sum(dtype=np.float64)):
+        raise ValueError("features hold NaN or infinite values; give voxels")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
         raise ValueError(f"labels must be integers from 0 to {n_classes - 1}")
     if threads < 1:
