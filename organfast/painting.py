@@ -339,7 +339,7 @@ def texture_tile(seed: int, n: int = 64) -> NDArray[np.float32]:
     f = np.fft.fftfreq(n)
     f2 = f[:, None, None] ** 2 + f[None, :, None] ** 2 + np.fft.rfftfreq(n)[None, None, :] ** 2
     sigma = n / 27.0
-    tile = np.fft.irfftn(spectrum * np.exp(-2 * (np.pi * sigma) ** 2 * f2), s=(n, n, n))
+    tile = np.fft.irfftn(spectrum * np.exp(-2 * (np.pi * sigma) ** 2 * f2))
     tile -= tile.mean()
     return np.asarray(tile / tile.std(), np.float32)
 
@@ -577,10 +577,9 @@ def _scanner(
         body,
     )
     middle = float(np.median(body[:, 1])) * steps[2] + random.normal(0, 12)
-    couch = np.zeros(5)
-    if protocol.couch:
-        top = back * steps[1] - random.uniform(4, 9)
-        couch[:] = middle, top, random.uniform(500, 900), random.uniform(190, 225), 240.0
+    top = back * steps[1] - random.uniform(4, 9)
+    couch = np.array([middle, top, random.uniform(500, 900), random.uniform(190, 225), 240.0])
+    couch *= protocol.couch
     tiles = _noise_tiles(random, (steps[1], steps[2]), protocol.sharpness_mm)
     taps = [_taps(np.hypot(protocol.sharpness_mm / s, 0.4)) for s in (steps[1], steps[2])]
     circle = 0.5 * min(n_i, n_j) if protocol.circle else 0.0

@@ -1149,7 +1149,7 @@ def _spleen_and_gallbladder(shapes: Shapes) -> None:
 
 
 def _pelvic_organs(shapes: Shapes) -> None:
-    fill = shapes.vary(0.2)
+    fill = shapes.vary(0.17, 1.03)
     rise = 12 * (fill - 1)
     bladder = solid(
         (shapes.vary(2, 0), 56, -242 + rise), (38 * fill, 31 * fill, 27 * fill), (-18, 0, 0)

@@ -1,5 +1,7 @@
 """Slow, obvious twins of the kernels."""
 
+from itertools import pairwise
+
 import numpy as np
 
 # --- enlargement ----------------------------------------------------------------------------------
@@ -248,3 +250,228 @@ def walk_forest(nodes, tree_starts, leaf_table, slab, offsets, positions):
         for p, position in enumerate(positions):
             out[p] += shares[leaf_code(nodes, root, slab, offsets, position)]
     return out / (len(tree_starts) - 1)
+
+
+# --- painting -------------------------------------------------------------------------------------
+
+
+def sample_texture(texture, x, y, z):
+    """The eight corners around a point, the texture repeated for ever."""
+    n = len(texture)
+    at = np.array([z, y, x], np.float64) * n / 8
+    low = np.floor(at).astype(int)
+    part = at - low
+    total = 0.0
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, part, 1 - part))
+        total += weight * float(texture[tuple((low + corner) % n)])
+    return total
+
+
+def tissue_depth(tissue, steps):
+    """Two sweeps over the volume; neighbours outside it do not count."""
+    dk, di, dj, dd = steps
+    shape = tissue.shape
+    depth = np.full(shape, 255, int)
+    depth[tissue == 0] = 0
+    for back in (-1, 1):
+        for voxel in list(np.ndindex(shape))[::-back]:
+            if tissue[voxel] == 0:
+                continue
+            for way, step in (
+                ((back, 0, 0), dk),
+                ((0, back, 0), di),
+                ((0, 0, back), dj),
+                ((0, back, -1), dd),
+                ((0, back, 1), dd),
+            ):
+                other = tuple(np.add(voxel, way))
+                if not all(0 <= a < n for a, n in zip(other, shape, strict=True)):
+                    continue
+                along = depth[other] if tissue[other] == tissue[voxel] else 0
+                depth[voxel] = min(depth[voxel], along + step)
+    return depth.astype(np.uint8)
+
+
+def lumen_ceiling(tissue, hollow, n_maps):
+    ceiling = np.full((n_maps, tissue.shape[0], tissue.shape[2]), -1, np.int16)
+    for n in range(n_maps):
+        lumen = hollow[tissue] == n
+        for k, j in np.ndindex(ceiling.shape[1:]):
+            rows = np.flatnonzero(lumen[k, :, j])
+            if rows.size:
+                ceiling[n, k, j] = rows[-1]
+    return ceiling
+
+
+def paint_slice(tissue, depth, k, steps, table, hollow, levels, texture):
+    """HU before blur and noise, a voxel at a time; the table's columns as the kernel has them."""
+    core, patch, patch_mm, shell, shell_mm, inner, inner_mm = range(7)
+    vessel, vessel_mm, width, deep, _gas, bubbles, fall = range(7, 14)
+    out = np.full(tissue.shape, -1000.0)
+    for i, j in np.argwhere(tissue > 0):
+        row = table[tissue[i, j]].astype(np.float64)
+        x, y, z = j * steps[2], i * steps[1], k * steps[0]
+        d = depth[i, j] * 0.25 - 0.5 * min(steps[1], steps[2])
+        n = hollow[tissue[i, j]]
+        if d < row[shell_mm]:
+            out[i, j] = row[shell]
+            continue
+        if n >= 0 and i > levels[n, j]:
+            out[i, j] = -960
+            continue
+        if 0 < row[inner_mm] < d:
+            out[i, j] = row[inner] + 15 * sample_texture(texture, x / 6, y / 6, z / 6)
+            continue
+        s = row[patch_mm]
+        grain = sample_texture(texture, x / s, z / s, y / s)
+        if row[patch] > 0 and 0 < row[bubbles] < grain:
+            out[i, j] = -960
+            continue
+        out[i, j] = row[core] - row[fall] * y + row[patch] * grain
+        s = row[vessel_mm]
+        one = sample_texture(texture, y / s + 0.37, x / s, z / s)
+        two = sample_texture(texture, z / s, y / s + 3.1, x / s + 1.7)
+        full = row[width] * (min(1, d / row[deep]) if row[deep] > 0 else 1)
+        if np.hypot(one, two) < full:
+            out[i, j] = row[vessel]
+    return out
+
+
+def blur_rows(source, taps):
+    n = len(taps) - 1
+    padded = np.pad(source.astype(np.float64), ((n, n), (0, 0)), mode="edge")
+    kernel = np.concatenate([taps[:0:-1], taps])
+    return sum(w * padded[t : t + len(source)] for t, w in enumerate(kernel))
+
+
+def finish_slice(base, k, noise, tiles, circle):
+    sigma, streak, shifts, body = noise
+    n = tiles.shape[1]
+    out = np.empty(base.shape, np.int16)
+    for i, j in np.ndindex(base.shape):
+        values = [
+            tiles[t, (i + shifts[k, 2 * t]) % n, (j + shifts[k, 2 * t + 1]) % n] for t in range(3)
+        ]
+        away = ((i - body[k, 0]) ** 2 + (j - body[k, 1]) ** 2) / body[k, 2] ** 2
+        near = 1.12 - 0.42 * min(1, away)
+        hu = base[i, j] + near * (
+            sigma[k] * (values[0] + values[1]) / np.sqrt(2) + streak[k] * values[2]
+        )
+        middle = 0.5 * (np.array(base.shape) - 1)
+        if circle > 0 and np.hypot(i - middle[0], j - middle[1]) > circle:
+            hu = -1024
+        out[i, j] = np.floor(np.clip(hu, -1024, 3071) + 0.5)
+    return out
+
+
+def paint_slices(maps, look, scanner):
+    """All slices (without a couch): paint, blend with the neighbours, blur, noise."""
+    tissue, depth, levels = maps
+    table, hollow, texture = look
+    steps, _couch, row_taps, column_taps, neighbour, noise, tiles, circle = scanner
+    pages = [
+        paint_slice(tissue[k], depth[k], k, steps, table, hollow, levels[:, k], texture)
+        for k in range(len(tissue))
+    ]
+    out = []
+    for k, page in enumerate(pages):
+        before, after = pages[max(k - 1, 0)], pages[min(k + 1, len(pages) - 1)]
+        blended = (1 - 2 * neighbour) * page + neighbour * (before + after)
+        blurred = blur_rows(blur_rows(blended, row_taps).T, column_taps).T
+        out.append(finish_slice(blurred, k, noise, tiles, circle))
+    return np.array(out)
+
+
+# --- phantom --------------------------------------------------------------------------------------
+
+
+def polar_radii(radii, level, turn):
+    """Linear along the levels (ends held) and around the circle, one table after the other."""
+    n_levels, n_angles, _ = radii.shape
+    closed = np.concatenate([radii, radii[:, :1]], axis=1).astype(np.float64)
+    found = []
+    for n in range(3):
+        at_angle = [
+            np.interp(turn * n_angles, np.arange(n_angles + 1), ring) for ring in closed[:, :, n]
+        ]
+        found.append(np.interp(level, np.arange(n_levels), at_angle))
+    return tuple(found)
+
+
+def solid_distance(x, y, z, row):
+    """By the definitions: q is the size of the solid through the point, over its own size."""
+    row = row.astype(np.float64)
+    p = np.array([x, y, z]) - row[3:6]
+    if row[0] == 3:
+        p, span = p * row[12:15], row[6:9]
+        t = np.clip(p @ span / (span @ span), 0, 1)
+        return np.linalg.norm(p - t * span) - (row[9] + t * row[10])
+    radii = 1 / row[15:18]
+    own = row[6:15].reshape(3, 3) @ p / radii
+    if row[0] == 2:
+        side = (np.hypot(own[0], own[1]) - 1) * min(radii[:2])
+        cap = (abs(own[2]) - 1) * radii[2]
+        return max(side, cap) + (max(4 - abs(side - cap), 0) / 4) ** 2
+    power = 2 if row[0] == 0 else 4
+    q = (np.abs(own) ** power).sum() ** (1 / power)
+    gradient = own ** (power - 1) / radii * q ** (1 - power)
+    return (q - 1) / np.linalg.norm(gradient) if q > 1e-2 else -min(radii)
+
+
+def fold_solids(x, y, z, rows):
+    whole = solid_distance(x, y, z, rows[0])
+    for row in rows[1:]:
+        d, k = solid_distance(x, y, z, row), float(row[2])
+        d = -d if row[1] == 1 else d
+        h = max(k - abs(whole - d), 0) ** 2 / (4 * k)
+        whole = min(whole, d) - h if row[1] == 0 else max(whole, d) + h
+    return whole
+
+
+def claim_voxels(here, place, s, shapes, group, texture):
+    """Every voxel of the slice's box, every fence and solid, no short cut."""
+    heads, boxes, relief, rows = shapes
+    label, replaces, first, n_fences, n_solids = heads[s]
+    fences = rows[first : first + n_fences].astype(np.float64)
+    solids = rows[first + n_fences : first + n_fences + n_solids]
+    height, size, offset = (float(value) for value in relief[s])
+    out = here.copy()
+    for i in range(boxes[s, 2], boxes[s, 3]):
+        for j in range(boxes[s, 4], boxes[s, 5]):
+            if not replaces & (1 << int(group[here[i, j]])):
+                continue
+            x, y, z, beyond, above = (float(value) for value in place[:, i, j])
+            d = [fold_solids(x, y, z, solids)] if n_solids else []
+            for fence in fences:
+                if fence[0] == 4:
+                    d.append(fence[3:6] @ [x, y, z] - fence[6])
+                else:
+                    d.append(fence[4] * (beyond if fence[0] == 5 else above) - fence[3])
+            whole = max(d)
+            if abs(whole) < 2.5 * height:
+                at = x / size + offset, y / size + offset, z / size
+                whole += height * sample_texture(texture, *at)
+            if whole < 0:
+                out[i, j] = label
+    return out
+
+
+def outermost(tissue, wanted, axis, steps, n_angles):
+    out = np.zeros((len(tissue), n_angles), np.float32)
+    for k, i, j in np.argwhere(wanted[tissue] > 0):
+        y, x = i * steps[1] - axis[k, 0], j * steps[2] - axis[k, 1]
+        n = int(np.arctan2(y, x) / (2 * np.pi) % 1 * n_angles + 0.5) % n_angles
+        out[k, n] = max(out[k, n], np.hypot(x, y))
+    return out
+
+
+def fill_gaps(tissue, gap, between, filling):
+    out = tissue.copy()
+    for i, j in np.ndindex(tissue.shape[1:]):
+        marks = np.flatnonzero(tissue[:, i, j] == between)
+        for low, high in pairwise(marks):
+            if high - low - 1 <= gap:
+                run = out[low + 1 : high, i, j]
+                run[run == 0] = filling
+    return out

@@ -28,6 +28,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+# Numba's cache does not notice a change in another file: after one there, touch this file.
 from organfast.kernels.painting import sample_texture
 
 AXIS_Y = 45.0
