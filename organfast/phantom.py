@@ -40,7 +40,7 @@ _REGIONS: dict[str, tuple[float, float]] = {
 _LATTICE_STEP = 16.0
 _LATTICE_LOW = (-272.0, -176.0, -400.0)
 _LATTICE_SHAPE = (52, 28, 35)  # z, y, x
-_BEND_MM, _MOST_BEND_MM = 3.2, 8.0
+_BEND_MM, _MOST_BEND_MM = 4.3, 10.0
 _PART_OF = {"lung_vessel_right": "lung_right", "lung_vessel_left": "lung_left"}
 _PART_OF["liver_vessel"] = "liver"
 
@@ -135,7 +135,7 @@ def phantom(field: FieldOfView, seed: int, *, threads: int = 1) -> LabelMap:
 
     random = np.random.default_rng([seed, 7])
     patient = Patient.draw(random)
-    position = random.normal(0, 6, 2).clip(-14, 14)
+    position = random.normal(0, 9, 2).clip(-18, 18)
     radii = body_radii(patient, random)
     lattice = _bending(random)
     shapes = build_torso(patient, radii, random)

@@ -460,7 +460,7 @@ class Patient:
         """A random adult."""
         female = bool(random.random() < 0.5)
         height = float(np.clip(random.normal(0.955 if female else 1.0, 0.035), 0.88, 1.08))
-        girth = height * float(np.clip(random.normal(1.0, 0.04), 0.91, 1.1))
+        girth = height * float(np.clip(random.normal(1.0, 0.055), 0.89, 1.12))
         breath = float(np.clip(random.normal(0, 8), -14, 16))
         return Patient(
             female=female,
@@ -468,7 +468,7 @@ class Patient:
             fat=float(np.clip(np.exp(random.normal(0.15 if female else -0.15, 0.45)), 0.35, 2.2)),
             belly=float(np.clip(random.normal(10, 12), -8, 36)),
             breath=breath,
-            turn=float(np.clip(random.normal(0, 2.5), -6, 6)),
+            turn=float(np.clip(random.normal(0, 4), -9, 9)),
             dome=(
                 76 - breath,
                 float(random.uniform(14, 26)),
