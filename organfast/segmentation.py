@@ -5,7 +5,7 @@ Arrays are in working order (k, i, j) and may be strided views; a clean map is w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable
 from organfast.kernels.label_statistics import (
     component_statistics,
+    enclosing_labels,
     join_components,
     label_statistics,
 )
@@ -28,7 +29,8 @@ Box = tuple[slice, slice, slice]
 # what the component search itself takes, stay near 25 MB whatever the size of the scan.
 _SLAB_VOXELS = 2_097_152
 _CONNECTIVITY = 26
-_SMALLEST_HOLLOW = 6  # voxels: one on each face of a single voxel
+# What bounds a 26-connected component is 6-connected: no void leaks out over a corner.
+_VOID_CONNECTIVITY = 6
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Cleaning:
     dust_ml : float, ml
         Smallest component that is no dust.
     fill_holes : bool
-        Holes inside an organ become the organ, except where they are another organ.
+        Holes inside an organ become the organ, unless they touch another organ too.
 
     Raises
     ------
@@ -84,10 +86,6 @@ class LabelStatistics:
     sums: NDArray[np.int64]
     boxes: NDArray[np.int64]
     confidence_sums: NDArray[np.int64] | None
-
-    def box(self, label: int) -> Box:
-        """The bounding box of a label as slices of the map."""
-        return self.hull([label])
 
     def hull(self, labels: Sequence[int]) -> Box:
         """The smallest box around all of some labels that occur."""
@@ -161,13 +159,16 @@ def clean(
     becomes what surrounds it: of the classes that are no organ the one with which it shares most
     voxel faces on the map as it came, of equal ones the table's context class, then the lowest
     label. A component that touches organs alone becomes the table's context class (background
-    where the table has none), and with ``fill_holes`` then the organ that encloses it. A hole is
-    what no path over voxel faces joins to the outside of a component. Holes are filled after all
-    components are judged, those of small components first, so that the innermost organ around a
-    hole gets it.
+    where the table has none), and with ``fill_holes`` then the organ around it, if that is one.
 
-    Beside the map, memory is needed for one slab of components, some 50 bytes for each component,
-    and one organ's bounding box at one byte a voxel, whatever islands are spread over the scan.
+    A hole is a 6-connected component of voxels that are no organ, whatever their labels, that
+    does not reach the border of the map and shares faces with one organ only; it becomes that
+    organ. What two organs enclose together stays, and so does what an organ encloses together
+    with an island of another organ. Holes are found once, after all components are judged, for
+    all organs at a time.
+
+    Beside the map, memory is needed for one slab of components and some 50 bytes for each
+    component, whatever islands are spread over the scan.
 
     Parameters
     ----------
@@ -204,13 +205,8 @@ def clean(
         smallest = cleaning.dust_ml / voxel_ml if cleaning.keep == "dust" else np.inf
         changes[:, :2] = _remove_components(labels, classes, statistics.hull(organs), smallest)
     if cleaning.fill_holes and organs:
-        if cleaning.keep == "largest":
-            statistics = measure_labels(labels, len(classes))
-            boxes = [(label, statistics.box(label)) for label in organs]
-        else:
-            boxes = _component_boxes(labels, classes, statistics.hull(organs))
-        for label, box in sorted(boxes, key=lambda labelled: _n_voxels(labelled[1])):
-            changes[label, 2] += _fill_holes(labels[box], label, _not_organs(classes))
+        # Removal leaves no organ beyond the hull of the map as it came.
+        changes[:, 2] = _fill_holes(labels[statistics.hull(organs)], classes)
     names = ("removed_components", "removed_voxels", "filled_voxels")
     return {
         **asdict(cleaning),
@@ -220,6 +216,14 @@ def clean(
             for label in organs
         },
     }
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Which components are found: those of organs, label by label, or the voids between organs."""
+
+    others: list[int]  # labels that are no organ
+    voids: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +245,9 @@ def _remove_components(
     labels: Labels, classes: ClassTable, box: Box, smallest: float
 ) -> NDArray[np.int64]:
     """Remove components below ``smallest`` voxels; (n_classes, 2) components and voxels removed."""
-    others = _not_organs(classes)
+    search = _Search(_not_organs(classes), voids=False)
     slabs = _slabs(box)
-    pieces = _find_pieces(labels, len(classes), others, slabs)
+    pieces = _find_pieces(labels, len(classes), search, slabs)
     most = np.zeros(len(classes), np.int64)
     np.maximum.at(most, pieces.owner, pieces.size)
     candidates = np.flatnonzero(pieces.size == most[pieces.owner])
@@ -254,17 +258,7 @@ def _remove_components(
 
     becomes = np.full(len(pieces.root), -1, np.int32)
     becomes[removed] = pieces.surroundings[removed]
-    becomes = becomes[pieces.root]
-    first = 0
-    for slab, n in zip(slabs, pieces.n_of_slab, strict=True):
-        new = np.insert(becomes[first : first + n], 0, -1)
-        first += n
-        change = new >= 0
-        if change.any():
-            part = labels[slab]
-            components = _label_slab(labels, others, slab)[0][: part.shape[0]]
-            changed = change[components]
-            part[changed] = new[components[changed]]
+    _rewrite(labels, search, slabs, pieces.n_of_slab, becomes[pieces.root])
 
     totals = np.zeros((len(classes), 2), np.int64)
     np.add.at(totals[:, 0], pieces.owner[removed], 1)
@@ -272,16 +266,55 @@ def _remove_components(
     return totals
 
 
-def _find_pieces(labels: Labels, n_classes: int, others: list[int], slabs: list[Box]) -> _Pieces:
+def _fill_holes(hull: Labels, classes: ClassTable) -> NDArray[np.int64]:
+    """Give each void that one organ alone encloses to it; (n_classes,) voxels filled.
+
+    ``hull`` holds all organs of the map: a void at its border is open.
+    """
+    search = _Search(_not_organs(classes), voids=True)
+    is_organ = np.ones(len(classes), np.uint8)
+    is_organ[search.others] = 0
+    k, i, j = (slice(0, n) for n in hull.shape)
+    slabs = _slabs((k, i, j))
+    n_of_slab, sizes, lows, highs = [], [], [], []
+    pairs: list[NDArray[np.int32]] = []
+    for slab, components, n in _label_slabs(hull, search, slabs, pairs):
+        size = np.zeros(n + 1, np.int32)
+        low, high = np.full(n + 1, 65_535, np.uint16), np.zeros(n + 1, np.uint16)
+        n_slices = slab[0].stop - slab[0].start
+        enclosing_labels(hull, components[:n_slices], slab[0].start, is_organ, size, low, high)
+        n_of_slab.append(n)
+        sizes.append(size[1:])
+        lows.append(low[1:])
+        highs.append(high[1:])
+    root = _roots(pairs, sum(n_of_slab))
+    child = np.flatnonzero(root != np.arange(len(root)))
+    lowest, highest = np.concatenate(lows), np.concatenate(highs)
+    np.minimum.at(lowest, root[child], lowest[child])
+    np.maximum.at(highest, root[child], highest[child])
+
+    becomes = np.full(len(root), -1, np.int32)
+    holes = np.flatnonzero((lowest == highest) & (lowest > 0))  # 0: open
+    becomes[holes] = lowest[holes]
+    becomes = becomes[root]
+    _rewrite(hull, search, slabs, n_of_slab, becomes)
+
+    totals = np.zeros(len(classes), np.int64)
+    filled = np.flatnonzero(becomes >= 0)
+    np.add.at(totals, becomes[filled], np.concatenate(sizes)[filled])
+    return totals
+
+
+def _find_pieces(labels: Labels, n_classes: int, search: _Search, slabs: list[Box]) -> _Pieces:
+    others = search.others
     column_of_label = np.full(n_classes, -1, np.int32)
     column_of_label[others] = np.arange(len(others))
-    n_of_slab, sizes, owners, columns, pairs = [], [], [], [], []
+    n_of_slab, sizes, owners, columns = [], [], [], []
     # Votes are kept of the pieces that reach a slab's end only: the others are whole components.
     open_pieces, open_votes = [], []
+    pairs: list[NDArray[np.int32]] = []
     n_before = 0
-    shared = np.zeros(0, np.int64)  # pieces of the slice that two slabs share
-    for slab in slabs:
-        components, n = _label_slab(labels, others, slab)
+    for slab, components, n in _label_slabs(labels, search, slabs, pairs):
         n_slices = slab[0].stop - slab[0].start
         size, owner = np.zeros(n + 1, np.int32), np.zeros(n + 1, np.uint16)
         vote = np.zeros((n + 1, len(others)), np.int32)
@@ -294,9 +327,6 @@ def _find_pieces(labels: Labels, n_classes: int, others: list[int], slabs: list[
             owner,
             vote,
         )
-        if n_before:
-            pairs.append(_joined(shared, _numbered(components[0], n_before)))
-        shared = _numbered(components[-1], n_before)
         ends = np.unique(components[[0, -1]])
         ends = ends[ends > 0].astype(np.int64)
         open_pieces.append(ends - 1 + n_before)
@@ -307,9 +337,7 @@ def _find_pieces(labels: Labels, n_classes: int, others: list[int], slabs: list[
         # Of equal columns argmax takes the first, and the first of `others` is the context class.
         columns.append(vote[1:].argmax(axis=1).astype(np.uint16))
         n_before += n
-    root = np.arange(n_before, dtype=np.int32)
-    if pairs:
-        join_components(np.concatenate(pairs), root)
+    root = _roots(pairs, n_before)
     child = np.flatnonzero(root != np.arange(n_before))
     total_size = np.concatenate(sizes).astype(np.int64)
     np.add.at(total_size, root[child], total_size[child])
@@ -325,18 +353,71 @@ def _find_pieces(labels: Labels, n_classes: int, others: list[int], slabs: list[
     return _Pieces(n_of_slab, root, total_size, owner_of_root, np.array(others, np.uint16)[column])
 
 
-def _label_slab(labels: Labels, others: list[int], slab: Box) -> tuple[NDArray[np.uint32], int]:
+def _rewrite(
+    labels: Labels,
+    search: _Search,
+    slabs: list[Box],
+    n_of_slab: list[int],
+    becomes: NDArray[np.int32],
+) -> None:
+    """Give pieces, found by the same search, the label that they become; -1 leaves a piece."""
+    first = 0
+    for slab, n in zip(slabs, n_of_slab, strict=True):
+        new = np.insert(becomes[first : first + n], 0, -1)
+        first += n
+        if (new < 0).all():
+            continue
+        part = labels[slab]
+        components = _label_slab(labels, search, slab)[0][: len(part)]
+        for plane, components_of_plane in zip(part, components, strict=True):
+            label = new[components_of_plane]
+            np.copyto(plane, label, where=label >= 0, casting="unsafe")
+
+
+def _label_slabs(
+    labels: Labels, search: _Search, slabs: list[Box], pairs: list[NDArray[np.int32]]
+) -> Iterator[tuple[Box, NDArray[np.uint32], int]]:
+    """Slab after slab with its components; appends which pieces of two slabs are one."""
+    n_before = 0
+    shared = np.zeros(0, np.int64)  # pieces of the slice that two slabs share
+    for slab in slabs:
+        components, n = _label_slab(labels, search, slab)
+        if n_before:
+            pairs.append(_joined(shared, _numbered(components[0], n_before)))
+        shared = _numbered(components[-1], n_before)
+        yield slab, components, n
+        n_before += n
+
+
+def _label_slab(labels: Labels, search: _Search, slab: Box) -> tuple[NDArray[np.uint32], int]:
     """Components of a slab and, where there is one, of the slice after it; and their number."""
     import cc3d
 
     k, i, j = slab
-    organs = np.array(labels[k.start : k.stop + 1, i, j], order="C")
-    for label in others:
-        np.multiply(organs, organs != label, out=organs)
+    part = labels[k.start : k.stop + 1, i, j]
+    if search.voids:
+        sought = np.zeros(part.shape, bool)
+        for label in search.others:
+            sought |= part == label
+    else:
+        sought = np.array(part, order="C")
+        for label in search.others:
+            np.multiply(sought, sought != label, out=sought)
     components, n = cc3d.connected_components(
-        organs, connectivity=_CONNECTIVITY, return_N=True, out_dtype=np.uint32
+        sought,
+        connectivity=_VOID_CONNECTIVITY if search.voids else _CONNECTIVITY,
+        return_N=True,
+        out_dtype=np.uint32,
     )
     return components, int(n)
+
+
+def _roots(pairs: list[NDArray[np.int32]], n_pieces: int) -> NDArray[np.int32]:
+    """(n_pieces,): the lowest piece of the component that each is part of."""
+    root = np.arange(n_pieces, dtype=np.int32)
+    if pairs:
+        join_components(np.concatenate(pairs), root)
+    return root
 
 
 def _numbered(components: NDArray[np.uint32], n_before: int) -> NDArray[np.int64]:
@@ -351,64 +432,6 @@ def _joined(pieces: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.
     is_new = np.any(np.diff(pairs, axis=0, prepend=-1) != 0, axis=1)
     joined: NDArray[np.int32] = pairs[is_new & (pieces >= 0)].astype(np.int32)
     return joined
-
-
-def _component_boxes(labels: Labels, classes: ClassTable, box: Box) -> list[tuple[int, Box]]:
-    """Label and bounding box of every component that is large enough to have a hole."""
-    from scipy.ndimage import find_objects
-
-    others = _not_organs(classes)
-    slabs = _slabs(box)
-    pieces = _find_pieces(labels, len(classes), others, slabs)
-    wanted = np.flatnonzero(pieces.size >= _SMALLEST_HOLLOW)
-    number = np.zeros(len(pieces.root), np.int32)
-    number[wanted] = np.arange(1, len(wanted) + 1)
-    number = number[pieces.root]
-    starts = np.full((len(wanted), 3), np.iinfo(np.int64).max)
-    stops = np.zeros((len(wanted), 3), np.int64)
-    first = 0
-    for slab, n in zip(slabs, pieces.n_of_slab, strict=True):
-        components, _ = _label_slab(labels, others, slab)
-        found = find_objects(np.insert(number[first : first + n], 0, 0)[components])
-        first += n
-        for c, part in enumerate(found):
-            for axis in range(3) if part else ():
-                starts[c, axis] = min(starts[c, axis], part[axis].start + slab[axis].start)
-                stops[c, axis] = max(stops[c, axis], part[axis].stop + slab[axis].start)
-    boxes = []
-    for c, piece in enumerate(wanted):
-        k, i, j = (slice(int(a), int(b)) for a, b in zip(starts[c], stops[c], strict=True))
-        if _n_voxels((k, i, j)) > pieces.size[piece]:
-            boxes.append((int(pieces.owner[piece]), (k, i, j)))
-    return boxes
-
-
-def _n_voxels(box: Box) -> int:
-    k, i, j = box
-    return int((k.stop - k.start) * (i.stop - i.start) * (j.stop - j.start))
-
-
-def _fill_holes(part: Labels, label: int, others: list[int]) -> int:
-    """Fill an organ's holes within a box, in place; returns the voxels filled."""
-    import fill_voids
-
-    if min(part.shape) < 3:
-        return 0
-    # fill_voids 2.1 takes some voids that are open at the border of its array for holes: one more
-    # voxel on each side keeps every border voxel outside.
-    mask = np.zeros([n + 2 for n in part.shape], np.uint8)
-    np.equal(part, label, out=mask[1:-1, 1:-1, 1:-1].view(bool))
-    filled, n_enclosed = fill_voids.fill(mask, in_place=True, return_fill_count=True)
-    filled = filled[1:-1, 1:-1, 1:-1]
-    n_filled = 0
-    for labels, inside in zip(part, filled, strict=True) if n_enclosed else ():
-        free = np.zeros(labels.shape, bool)
-        for other in others:
-            free |= labels == other
-        free &= inside.view(bool)
-        labels[free] = label
-        n_filled += int(np.count_nonzero(free))
-    return n_filled
 
 
 def _not_organs(classes: ClassTable) -> list[int]:

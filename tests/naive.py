@@ -88,6 +88,24 @@ def component_statistics(labels, components, origin, column_of_label, n_columns)
     return sizes, owners, votes
 
 
+def enclosing_labels(labels, components, first, is_organ):
+    """Size of each component and the lowest and highest organ at its faces, face by face."""
+    n = int(components.max(initial=0)) + 1
+    sizes, near = np.zeros(n), [[] for _ in range(n)]
+    for index in np.argwhere(components):
+        component = components[tuple(index)]
+        sizes[component] += 1
+        position = index + np.array([first, 0, 0])
+        if (position == 0).any() or (position + 1 == labels.shape).any():
+            near[component].append(0)
+            continue
+        for step in np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)]):
+            label = labels[tuple(position + step)]
+            near[component] += [label] if is_organ[label] else []
+    lowest = [min(labels, default=65_535) for labels in near]
+    return sizes, lowest, [max(labels, default=0) for labels in near]
+
+
 def join_components(pairs, n_components):
     """The lowest component that each can be reached from."""
     parents = list(range(n_components))
@@ -119,15 +137,14 @@ def clean(labels, classes, keep, smallest, fill_holes):
                 near = np.moveaxis(np.roll(near, step, axis=0), 0, axis)[1:-1, 1:-1, 1:-1]
                 votes += [np.count_nonzero(labels[near] == other) for other in others]
             cleaned[mask] = others[int(np.argmax(votes))]
-    hollow = []
-    for organ in classes.organs if fill_holes else ():
-        components, n = ndimage.label(cleaned == organ, np.ones((3, 3, 3)))
-        for c in range(1, n + 1):
-            where = np.argwhere(components == c)
-            box_voxels = int(np.prod(np.ptp(where, axis=0) + 1))
-            hollow.append((box_voxels, organ, ndimage.binary_fill_holes(components == c)))
-    for _, organ, filled in sorted(hollow, key=lambda one: one[0]):
-        cleaned[filled & np.isin(cleaned, others)] = organ
+    # One voxel of background around the map joins all that is open.
+    voids, n = ndimage.label(np.pad(np.isin(cleaned, others), 1, constant_values=True))
+    around = np.pad(cleaned, 1)
+    for c in range(1, n + 1) if fill_holes else ():
+        near = around[ndimage.binary_dilation(voids == c)]
+        organs = set(near.tolist()) & set(classes.organs)
+        if c != voids[0, 0, 0] and len(organs) == 1:
+            cleaned[(voids == c)[1:-1, 1:-1, 1:-1]] = organs.pop()
     return cleaned
 
 

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 
 from organfast import segmentation
 from organfast.anatomy import ClassTable, Structure
-from organfast.kernels.label_statistics import component_statistics, join_components
+from organfast.kernels.label_statistics import (
+    component_statistics,
+    enclosing_labels,
+    join_components,
+)
 from organfast.segmentation import Cleaning, clean, measure_labels
 
 # Two context classes, of which the second stands for the inside of the body; three organs.
@@ -60,6 +64,17 @@ def flipped(array: NDArray[Any]) -> NDArray[Any]:
 
 def permuted(array: NDArray[Any]) -> NDArray[Any]:
     return array.transpose(2, 0, 1).copy().transpose(1, 2, 0)
+
+
+def sponge(shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
+    """Two organs side by side, with voids of every label that is no organ and a few islands."""
+    rng = np.random.default_rng(seed)
+    labels = np.full(shape, LIVER, np.uint8)
+    labels[:, :, shape[2] // 2 :] = SPLEEN
+    void = rng.random(shape) < 0.22
+    labels[void] = rng.integers(0, LIVER, np.count_nonzero(void))
+    labels[rng.random(shape) < 0.01] = COLON
+    return labels
 
 
 LAYOUTS = [np.ascontiguousarray, f_order, strided, flipped, permuted]
@@ -142,6 +157,32 @@ def test_component_statistics_equal_their_twin(
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 10, 11)])
+def test_enclosing_labels_equal_their_twin(
+    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], shape: tuple[int, ...]
+) -> None:
+    import cc3d
+
+    labels = layout(sponge(shape, seed=4).astype(dtype))
+    first = shape[0] // 4
+    components, n = cc3d.connected_components(
+        np.ascontiguousarray(labels[first : first + 5] < LIVER),
+        connectivity=6,
+        return_N=True,
+        out_dtype=np.uint32,
+    )
+    is_organ = np.array([0, 0, 0, 1, 1, 1], np.uint8)
+    labels.flags.writeable = components.flags.writeable = False
+    sizes = np.zeros(n + 1, np.int32)
+    lowest, highest = np.full(n + 1, 65_535, np.uint16), np.zeros(n + 1, np.uint16)
+    enclosing_labels(labels, components, first, is_organ, sizes, lowest, highest)
+    expected = naive.enclosing_labels(labels, components, first, is_organ)
+    for got, wanted in zip((sizes, lowest, highest), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=14))
 def test_joined_components_equal_their_twin(pairs: list[tuple[int, int]]) -> None:
@@ -170,6 +211,24 @@ def test_cleaning_equals_its_twin_however_the_map_is_cut_into_slabs(
         record = clean(labels, TABLE, Cleaning(keep, 5 * 0.027, fill_holes), 0.027)
         np.testing.assert_array_equal(labels, expected)
         assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("keep", ["largest", "dust", "none"])
+@pytest.mark.parametrize("slab_voxels", [1, 300, 10**6])
+def test_filling_equals_its_twin_however_the_map_is_cut_into_slabs(
+    keep: Any, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmentation, "_SLAB_VOXELS", slab_voxels)
+    for seed in range(3):
+        labels = np.full((14, 13, 16), INSIDE, np.uint8)
+        labels[1:-2, 2:-1, 1:-1] = sponge((11, 10, 14), seed)
+        expected = naive.clean(labels, TABLE, keep, 5, True)
+        unfilled = naive.clean(labels, TABLE, keep, 5, False)
+        record = clean(labels, TABLE, Cleaning(keep, 5 * 0.027), 0.027)
+        np.testing.assert_array_equal(labels, expected)
+        filled = [np.count_nonzero((labels == o) & (unfilled != o)) for o in (LIVER, SPLEEN, COLON)]
+        assert [c["filled_voxels"] for c in record["organs"].values()] == filled
+        assert min(filled[:2]) > 5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -249,18 +308,53 @@ def test_dust_never_takes_the_last_component_of_an_organ() -> None:
     assert np.count_nonzero(labels == LIVER) == 3
 
 
-def test_filling_leaves_other_organs_alone_and_gives_a_hole_to_the_innermost() -> None:
-    labels = np.zeros((11, 11, 11), np.uint8)
-    labels[:] = LIVER
+def test_a_hole_goes_to_the_organ_whose_faces_enclose_it() -> None:
+    labels = np.full((11, 11, 11), LIVER, np.uint8)
     labels[3:8, 3:8, 3:8] = COLON
     labels[4:7, 4:7, 4:7] = INSIDE
-    labels[1, 1, 1] = WALL
-    labels[0, 5, 5] = INSIDE  # open at the border of the map: no hole
+    labels[1, 1, 1:3] = WALL, 0  # of two labels, one hole
     clean(labels, TABLE, Cleaning(), 0.001)
-    assert labels[5, 5, 5] == COLON
-    assert labels[1, 1, 1] == LIVER
-    assert labels[0, 5, 5] == INSIDE
-    assert np.count_nonzero(labels == COLON) == 125
+    assert (labels[4:7, 4:7, 4:7] == COLON).all()
+    assert (labels[1, 1, 1:3] == LIVER).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_void_at_the_border_of_the_map_is_no_hole(axis: int, end: int) -> None:
+    labels = np.full((5, 5, 5), LIVER, np.uint8)
+    border = np.moveaxis(labels, axis, 0)[end]
+    border[2, 2] = INSIDE
+    clean(labels, TABLE, Cleaning(), 0.001)
+    assert border[2, 2] == INSIDE
+
+
+def test_a_void_is_open_through_faces_only() -> None:
+    labels = np.full((9, 9, 9), INSIDE, np.uint8)
+    labels[1:8, 1:8, 1:8] = LIVER
+    labels[2, 2, 2] = labels[6, 2, 4] = INSIDE
+    labels[1, 1, 2] = INSIDE  # an edge from the first void, and outside
+    labels[6, 1, 4] = INSIDE  # a face from the second void, and outside
+    clean(labels, TABLE, Cleaning(), 0.001)
+    assert labels[2, 2, 2] == LIVER
+    assert [labels[1, 1, 2], labels[6, 1, 4], labels[6, 2, 4]] == [INSIDE] * 3
+
+
+def test_what_two_organs_enclose_together_stays() -> None:
+    labels = np.full((5, 5, 8), LIVER, np.uint8)
+    labels[:, :, 4:] = SPLEEN
+    labels[2, 2, 3:5] = INSIDE
+    record = clean(labels, TABLE, Cleaning(), 0.001)
+    assert (labels[2, 2, 3:5] == INSIDE).all()
+    assert [c["filled_voxels"] for c in record["organs"].values()] == [0, 0]
+
+
+def test_a_hole_around_another_organ_stays() -> None:
+    labels = np.full((7, 7, 7), LIVER, np.uint8)
+    labels[2:5, 2:5, 2:5] = INSIDE
+    labels[3, 3, 3] = SPLEEN
+    before = labels.copy()
+    clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(labels, before)
 
 
 @settings(deadline=None, max_examples=25)

@@ -20,4 +20,13 @@ def component_statistics(
     owners: NDArray[np.uint16],
     votes: NDArray[np.int32],
 ) -> None: ...
+def enclosing_labels(
+    labels: NDArray[np.unsignedinteger[Any]],
+    components: NDArray[np.uint32],
+    first: int,
+    is_organ: NDArray[np.uint8],
+    sizes: NDArray[np.int32],
+    lowest: NDArray[np.uint16],
+    highest: NDArray[np.uint16],
+) -> None: ...
 def join_components(pairs: NDArray[np.int32], parents: NDArray[np.int32]) -> None: ...

@@ -118,6 +118,51 @@ cdef inline void vote(
         votes[component, column] += 1
 
 
+def enclosing_labels(
+    const label_t[:, :, :] labels,
+    const uint32_t[:, :, ::1] components,
+    Py_ssize_t first,
+    const uint8_t[::1] is_organ,
+    int32_t[::1] sizes,
+    uint16_t[::1] lowest,
+    uint16_t[::1] highest,
+):
+    """Lowest and highest organ that share a face with each component of voxels that are no organ.
+
+    labels     : (n_k, n_i, n_j) uint8 or uint16, the whole map, any strides
+    components : (m_k, n_i, n_j) uint32, the slices from ``first`` on; 0 is none
+    is_organ   : (n_classes,) uint8, 1 for organs
+    sizes      : (n_components + 1,) int32, voxels, added to
+    lowest     : (n_components + 1,) uint16, lowered; to 0 where a component is at the map's border
+    highest    : (n_components + 1,) uint16, raised; voxels at the map's border are left out
+    """
+    cdef Py_ssize_t n_k = labels.shape[0], n_i = labels.shape[1], n_j = labels.shape[2]
+    cdef Py_ssize_t k, i, j, n
+    cdef uint32_t component
+    cdef label_t[6] near
+    with nogil:
+        for k in range(first, first + components.shape[0]):
+            for i in range(n_i):
+                for j in range(n_j):
+                    component = components[k - first, i, j]
+                    if component == 0:
+                        continue
+                    sizes[component] += 1
+                    if k == 0 or k == n_k - 1 or i == 0 or i == n_i - 1 or j == 0 or j == n_j - 1:
+                        lowest[component] = 0
+                        continue
+                    near[0] = labels[k - 1, i, j]
+                    near[1] = labels[k + 1, i, j]
+                    near[2] = labels[k, i - 1, j]
+                    near[3] = labels[k, i + 1, j]
+                    near[4] = labels[k, i, j - 1]
+                    near[5] = labels[k, i, j + 1]
+                    for n in range(6):
+                        if is_organ[near[n]]:
+                            lowest[component] = min(lowest[component], near[n])
+                            highest[component] = max(highest[component], near[n])
+
+
 def join_components(const int32_t[:, :] pairs, int32_t[::1] parents):
     """Union-find over components: afterwards ``parents[c]`` is the lowest component joined to c.
 
