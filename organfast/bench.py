@@ -419,9 +419,8 @@ def _estimator(size: int, n_trees: int, n_per_class: int) -> Any:
     from organfast.blocks import gather_blocks
     from organfast.sampling import sample_positions
 
-    positions, labels = sample_positions(
-        _labelled_slice()[None], range(N_CLASSES), n_per_class, seed=0
-    )
+    n_wanted = dict.fromkeys(range(N_CLASSES), n_per_class)
+    positions, labels = sample_positions(_labelled_slice()[None], n_wanted, seed=0)
     blocks = gather_blocks(_slice(), positions[:, 1:], size).reshape(len(positions), -1)
     estimator = RandomForestClassifier(n_trees, random_state=0, n_jobs=-1)
     return estimator.fit(blocks, labels).set_params(n_jobs=1)

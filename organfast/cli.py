@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from organfast.organs import Organ
     from organfast.pipeline import Progress, Settings
     from organfast.results import Result
+    from organfast.sampling import Split
 
 EXIT_INPUT, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
 
@@ -30,9 +32,9 @@ app = typer.Typer(
     help=(
         "Learn organs from a few labelled CT scans, then find, locate and segment them in new ones."
         "\n\nExit codes: 0 done, 1 input that cannot be used, 2 wrong usage, 3 some scans of "
-        "several failed.\n\nResearch use only: not a medical device."
+        "several failed. One line on standard error says why; --debug shows the traceback."
+        "\n\nResearch use only: not a medical device."
     ),
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -51,26 +53,51 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depen
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 
 
+# Typer's parent of all usage errors, which it took over from click.
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name need not be text; on standard error Python does the same by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(arguments, standalone_mode=True)
-    except InputError as error:
+        code = app(
+            [a for a in arguments if a != "--debug"], prog_name="organfast", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except (ValueError, OSError, MemoryError, typer.Abort, _UsageError) as error:
         if debug:
             raise
-        _complain(str(error))
-        return EXIT_INPUT
-    except ValueError as error:
-        if debug:
-            raise
-        _complain(str(error))
-        return EXIT_USAGE
+        return _failed(error)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_INPUT
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _failed(error: Any) -> int:
+    """Say on one line what went wrong, and return the exit code."""
+    if isinstance(error, _UsageError):
+        command = "organfast" if error.ctx is None else error.ctx.command_path
+        _complain(f"{error.format_message().rstrip('.')}; see {command} --help")
+        return EXIT_USAGE
+    if isinstance(error, ValueError):
+        _complain(str(error))
+        return EXIT_INPUT if isinstance(error, InputError) else EXIT_USAGE
+    if isinstance(error, BrokenPipeError):
+        # Who read has gone; else Python complains once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, OSError):
+        where = error.filename or "the output"
+        _complain(f"{where}: cannot be used ({error.strerror}); check its name and the disk")
+    elif isinstance(error, MemoryError):
+        _complain("there is too little memory; use a machine with more, or crop the scan")
+    else:
+        _complain("interrupted")
+    return EXIT_INPUT
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -78,6 +105,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Flags of the program itself; each command has a --help of its own."""
@@ -86,6 +114,9 @@ def root(
 
         print(f"organfast {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
 
 
 @app.command()
@@ -137,6 +168,9 @@ def train(
         Path | None, typer.Option(help="JSON of patients: train, validation, test.")
     ] = None,
     n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
+    context_factor: Annotated[
+        int, typer.Option(min=1, help="The context classes get so many times as many blocks.")
+    ] = 3,
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="random_forest or extra_trees.")] = "random_forest",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -151,7 +185,7 @@ def train(
     from organfast.models.forest import ForestSettings
     from organfast.pipeline import Recipe
     from organfast.pipeline import train as learn
-    from organfast.sampling import Split
+    from organfast.results import check_file_target
 
     pattern = Block(block_size, levels=_integers("--levels", levels), slices=slices)
     found = find_cases(dataset, layout)
@@ -159,12 +193,13 @@ def train(
     recipe = Recipe(
         grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
         n_per_class=n_per_class,
+        context_factor=context_factor,
         forest=ForestSettings(kind=forest, n_trees=trees, seed=seed),
         classes=_classes(classes, found),
-        split=None if split is None else Split.read(split),
+        split=None if split is None else _split(split, found),
         seed=seed,
     )
-    _check_writable(out)
+    check_file_target(out)
     with _progress() as progress:
         model = learn(found, pattern, recipe, threads=threads, progress=progress)
     save_model(model, out)
@@ -205,10 +240,14 @@ def segment(
     """Segment scans: label map, organs, pictures. One scan fills OUT, several a folder each."""
     from organfast.models.classifier import load_model
     from organfast.pipeline import Settings
+    from organfast.results import is_one_file
     from organfast.segmentation import Cleaning
 
+    targets = _targets(scans, out)
+    if probabilities and is_one_file(out):
+        raise ValueError(f"--probabilities needs a folder, and {out} is one file")
     loaded = load_model(model)
-    names = None if organs is None else tuple(organs.split(","))
+    names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
     for name in wanted:
         loaded.classes.index(name)
@@ -221,7 +260,6 @@ def segment(
         keep_context=context,
         probabilities=kept,
     )
-    targets = _targets(scans, out)
 
     def save(result: Result, target: Path) -> None:
         result.save(target, preview=preview, probabilities=kept)
@@ -313,6 +351,8 @@ def _stride(text: str | None) -> int | tuple[int, int, int] | None:
     if text is None:
         return None
     numbers = _integers("--stride", text)
+    if min(numbers) < 1:
+        raise ValueError(f"--stride {text} is less than 1 voxel; give N or COLS,ROWS,SLICES")
     if len(numbers) == 1:
         return numbers[0]
     if len(numbers) == 3:
@@ -335,36 +375,52 @@ def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
         return None
     if choice == "dataset":
         return ClassTable.from_names(dataset.structures)
-    return ClassTable.read(choice)
+    classes = ClassTable.read(choice)
+    known = set(dataset.structures)
+    for label in classes.organs:
+        s = classes.structures[label]
+        if known.isdisjoint(s.aliases) and not known.issuperset(s.totalsegmentator or [s.name]):
+            raise InputError(
+                choice,
+                f"names {s.name}, which no case of {dataset.folder} annotates",
+                "leave it out, or use the names that `organfast info DATASET` lists",
+            )
+    return classes
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse an output that cannot be written before hours of training, not after."""
-    if path.is_dir():
-        raise InputError(path, "is a folder", "give the name of a model file")
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(folder, "is no folder", "make it, or give another output")
-    if not os.access(folder, os.W_OK):
-        raise InputError(folder, "cannot be written to", "give a folder you may write to")
+def _split(path: Path, dataset: Dataset) -> Split:
+    from organfast.sampling import Split
+
+    split = Split.read(path)
+    try:
+        split.check(dataset.patients)
+    except ValueError as error:
+        raise InputError(path, str(error), "see `organfast info DATASET`") from None
+    return split
 
 
 def _targets(scans: list[Path], out: Path) -> dict[Path, Path]:
     """Scan -> where its result goes."""
     from organfast.layouts import find_scans
+    from organfast.results import is_one_file
 
     if len(scans) == 1 and not scans[0].is_dir():
+        if out.resolve() == scans[0].resolve():
+            raise ValueError(f"{out} is the scan itself; give another output")
         return {scans[0]: out}
-    if out.name.endswith((".nii", ".nii.gz")):
+    if is_one_file(out):
         raise ValueError(f"{out} is one file, but there are several scans; give a folder")
-    targets: dict[Path, Path] = {}
+    source_of: dict[Path, Path] = {}
     for given in scans:
         for name, path in find_scans(given).items():
-            target = out / name
-            if target in targets.values():
+            if (out / name) in source_of:
                 raise ValueError(f"two scans are called {name}; segment them into two folders")
-            targets[path] = target
-    return targets
+            source_of[out / name] = path
+    for target in source_of:
+        around = next((folder for folder in target.parents if folder in source_of), None)
+        if around is not None:
+            raise ValueError(f"the result {target} would lie in that of {source_of[around]}")
+    return {path: target for target, path in source_of.items()}
 
 
 # --- segmenting many ------------------------------------------------------------------------------
@@ -381,9 +437,18 @@ def _segment_all(
 ) -> int:
     """Segment and save each scan; a failed one is one line, the rest goes on. Returns failures."""
     from organfast.pipeline import segment_many
+    from organfast.results import check_target
 
-    due = iter(targets.items())
-    failed = 0
+    writable: dict[Path, Path] = {}
+    for path, target in targets.items():
+        try:
+            check_target(target)
+        except InputError as error:
+            _complain(str(error))
+        else:
+            writable[path] = target
+    due = iter(writable.items())
+    failed = len(targets) - len(writable)
 
     def fail(error: InputError) -> None:
         nonlocal failed
@@ -393,7 +458,7 @@ def _segment_all(
 
     with _progress() as progress:
         results = segment_many(
-            targets, model, settings, threads=threads, on_error=fail, progress=progress
+            writable, model, settings, threads=threads, on_error=fail, progress=progress
         )
         for result in results:
             path, target = next(due)
@@ -430,7 +495,11 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     with Bars(
-        console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+        # Rich prints above its bars, on standard error: not what is meant for a file or a pipe.
+        redirect_stdout=sys.stdout.isatty(),
     ) as bars:
         tasks: dict[str, Any] = {}
 
@@ -442,12 +511,17 @@ def _progress() -> Iterator[Progress]:
         yield show
 
 
-def _complain(line: str) -> None:
+def _complain(text: str) -> None:
+    """One line on standard error, whatever the name of a file holds."""
+    line = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.split())
+    )
     print(f"organfast: {line}", file=sys.stderr)
 
 
 def _json(content: Any, indent: int | None = 1) -> None:
-    print(json.dumps(content, indent=indent, ensure_ascii=False))
+    print(json.dumps(content, indent=indent))
 
 
 def _number(value: float | None, decimals: int) -> str:

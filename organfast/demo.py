@@ -97,7 +97,12 @@ def run_demo(
     model = train(
         folder / "cohort",
         Block(17, levels=(1, 3, 9)),
-        Recipe(n_per_class=300, forest=ForestSettings("extra_trees", n_trees=60), seed=seed),
+        Recipe(
+            n_per_class=400,
+            context_factor=5,
+            forest=ForestSettings("extra_trees", n_trees=60),
+            seed=seed,
+        ),
         threads=threads,
         progress=progress,
     )

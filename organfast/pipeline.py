@@ -75,6 +75,9 @@ class Recipe:
         The working grid, by default 1.5 x 1.5 x 3 mm; ``ModelGrid(None)`` is the scan's own pixels.
     n_per_class : int
         Most training positions per class and patient.
+    context_factor : int
+        The context classes get this many times as many: what lies between the organs is more
+        varied than any organ, and every organ borders on it.
     forest : ForestSettings
         Kind and size of the forest.
     classes : ClassTable or None
@@ -87,10 +90,22 @@ class Recipe:
 
     grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0)))
     n_per_class: int = 1000
+    context_factor: int = 3
     forest: ForestSettings = field(default_factory=ForestSettings)
     classes: ClassTable | None = None
     split: Split | None = None
     seed: int = 0
+
+    def n_of_each(self, classes: ClassTable) -> list[int]:
+        """Most training positions of each class, in label order.
+
+        Parameters
+        ----------
+        classes : ClassTable
+            The classes.
+        """
+        factors = [self.context_factor if s.role == "context" else 1 for s in classes.structures]
+        return [self.n_per_class * factor for factor in factors]
 
 
 @dataclass(frozen=True)
@@ -171,7 +186,7 @@ def train(
     for number, case in enumerate(cases):
         progress("reading cases", number, len(cases))
         examples = draw_examples(
-            case, classes, recipe.grid, recipe.n_per_class, (recipe.seed, number)
+            case, classes, recipe.grid, recipe.n_of_each(classes), (recipe.seed, number)
         )
         features.append(features_at(examples.grid_volume, pattern, examples.positions))
         labels.append(examples.labels)
@@ -192,6 +207,7 @@ def train(
         "cases": {case.name: _case_digests(case) for case in cases},
         "split": asdict(split),
         "n_per_class": recipe.n_per_class,
+        "context_factor": recipe.context_factor,
         "n_examples": int(sum(len(y) for y in labels)),
         "seed": recipe.seed,
         "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
@@ -223,12 +239,11 @@ def _block_scores(
     """Share of balanced blocks of held-out patients that the model gets right."""
     cases = [case for case in dataset.cases if case.patient in patients]
     n_classes = len(model.classes)
+    balanced = [recipe.n_per_class] * n_classes
     counts = np.zeros((n_classes, n_classes), np.int64)
     for number, case in enumerate(cases):
         progress("scoring held-out patients", number, len(cases))
-        examples = draw_examples(
-            case, model.classes, model.grid, recipe.n_per_class, (recipe.seed, number)
-        )
+        examples = draw_examples(case, model.classes, model.grid, balanced, (recipe.seed, number))
         found = np.empty((len(examples.labels), n_classes), np.float32)
         for rows, slab, local in slabs_at(examples.grid_volume, model.pattern, examples.positions):
             part = np.empty((len(rows), n_classes), np.float32)

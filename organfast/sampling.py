@@ -7,7 +7,7 @@ blocks of one patient on one side of every split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -140,20 +140,18 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> Split:
 
 def sample_positions(
     labels: NDArray[np.unsignedinteger],
-    wanted: Sequence[int],
-    n_per_class: int,
+    n_wanted: Mapping[int, int],
     seed: int | Sequence[int],
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Up to ``n_per_class`` random voxels of each wanted label, drawn without replacement.
+    """Random voxels of each wanted label, drawn without replacement.
 
     Parameters
     ----------
     labels : (K, R, C) unsigned int
         Label map on the model grid, any memory order.
-    wanted : sequence of int
-        Labels to draw from; others are passed over.
-    n_per_class : int
-        Most positions per label; a label with fewer voxels gives all it has.
+    n_wanted : mapping of int to int
+        Most positions of each label; a label with fewer voxels gives all it has, labels that are
+        not named are passed over.
     seed : int or sequence of int
         Seed of ``numpy.random.default_rng``.
 
@@ -164,15 +162,15 @@ def sample_positions(
     classes : (n,) int64
         The label of each position.
     """
-    if n_per_class < 1:
-        raise ValueError(f"n_per_class is {n_per_class}; draw at least one position per class")
+    if min(n_wanted.values(), default=1) < 1:
+        raise ValueError(f"n_wanted is {dict(n_wanted)}; draw at least one position per class")
     rng = np.random.default_rng(seed)
-    n_labels = max(wanted, default=0) + 1
+    n_labels = max(n_wanted, default=0) + 1
     counts = np.stack([_counts(labels_slice, n_labels) for labels_slice in labels])
     positions, classes = [np.empty((0, 3), np.int32)], [np.empty(0, np.int64)]
-    for label in sorted(wanted):
+    for label in sorted(n_wanted):
         total = int(counts[:, label].sum())
-        ranks = np.sort(rng.choice(total, min(n_per_class, total), replace=False))
+        ranks = np.sort(rng.choice(total, min(n_wanted[label], total), replace=False))
         found = _voxels_of_rank(labels, label, counts[:, label], ranks)
         positions.append(found)
         classes.append(np.full(len(found), label, np.int64))
@@ -225,7 +223,11 @@ class Examples:
 
 
 def draw_examples(
-    case: Case, classes: ClassTable, grid: ModelGrid, n_per_class: int, seed: Sequence[int]
+    case: Case,
+    classes: ClassTable,
+    grid: ModelGrid,
+    n_per_class: Sequence[int],
+    seed: Sequence[int],
 ) -> Examples:
     """Read a case and draw balanced labelled positions from it.
 
@@ -241,8 +243,8 @@ def draw_examples(
         Classes to draw.
     grid : ModelGrid
         Where positions lie.
-    n_per_class : int
-        Most positions per class.
+    n_per_class : sequence of int
+        Most positions of each class, in label order.
     seed : sequence of int
         Seed of ``numpy.random.default_rng``.
 
@@ -256,7 +258,7 @@ def draw_examples(
     grid_volume = to_model_grid(volume, grid)
     labels = resample_labels(volume.orientation.working(labelled.labels), grid_volume)
     labels = _with_context(labels, labelled, classes, grid_volume)
-    positions, drawn = sample_positions(labels, range(len(classes)), n_per_class, seed)
+    positions, drawn = sample_positions(labels, dict(enumerate(n_per_class)), seed)
     return Examples(grid_volume, positions, drawn, labelled.warnings)
 
 

@@ -25,7 +25,7 @@ def test_positions_carry_their_label_and_never_repeat(
 ) -> None:
     labels = np.random.default_rng(seed).integers(0, 5, shape).astype(np.uint8)
     labels = np.asfortranarray(labels) if fortran else labels
-    positions, classes = sample_positions(labels, [0, 2, 4], n, seed)
+    positions, classes = sample_positions(labels, {0: n, 2: n, 4: n}, seed)
     np.testing.assert_array_equal(labels[tuple(positions.T)], classes)
     assert len(np.unique(positions, axis=0)) == len(positions)
     for label in (0, 2, 4):
@@ -38,7 +38,7 @@ def test_every_voxel_of_a_label_is_equally_likely() -> None:
     labels[1:, ::2, 1:4] = 1
     drawn = np.zeros(labels.shape)
     for seed in range(600):
-        positions, _ = sample_positions(labels, [1], 3, seed)
+        positions, _ = sample_positions(labels, {1: 3}, seed)
         drawn[tuple(positions.T)] += 1
     expected = 600 * 3 / labels.sum()
     assert drawn[labels == 0].sum() == 0
@@ -48,9 +48,9 @@ def test_every_voxel_of_a_label_is_equally_likely() -> None:
 
 def test_the_seed_decides_and_memory_order_does_not() -> None:
     labels = np.random.default_rng(1).integers(0, 3, (4, 20, 20)).astype(np.uint8)
-    first, _ = sample_positions(labels, [1, 2], 50, [3, 1])
-    again, _ = sample_positions(np.asfortranarray(labels), [2, 1], 50, [3, 1])
-    other, _ = sample_positions(labels, [1, 2], 50, [3, 2])
+    first, _ = sample_positions(labels, {1: 50, 2: 50}, [3, 1])
+    again, _ = sample_positions(np.asfortranarray(labels), {2: 50, 1: 50}, [3, 1])
+    other, _ = sample_positions(labels, {1: 50, 2: 50}, [3, 2])
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
