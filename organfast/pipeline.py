@@ -72,7 +72,8 @@ class Recipe:
     Parameters
     ----------
     grid : ModelGrid
-        The working grid, by default 1.5 x 1.5 x 3 mm; ``ModelGrid(None)`` is the scan's own pixels.
+        The working grid, by default 1.5 x 1.5 x 3 mm with the piecewise HU table;
+        ``ModelGrid(None)`` is the scan's own pixels.
     n_per_class : int
         Most training positions per class and patient.
     context_factor : int
@@ -88,7 +89,7 @@ class Recipe:
         Seed of everything random.
     """
 
-    grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0)))
+    grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0), "piecewise"))
     n_per_class: int = 1000
     context_factor: int = 3
     forest: ForestSettings = field(default_factory=ForestSettings)
