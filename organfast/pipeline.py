@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from organfast.anatomy import ClassTable
 from organfast.blocks import Block
 from organfast.body import body_mask
 from organfast.errors import InputError
-from organfast.grid import BlockGrid, GridVolume, ModelGrid, to_model_grid
+from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.layouts import Case, Dataset, LabelMap, dataset_classes, find_cases
 from organfast.metrics import accuracy, confusion
 from organfast.models.classifier import Model, load_model
@@ -38,7 +38,14 @@ from organfast.probability import (
     probability_slabs,
 )
 from organfast.results import Result
-from organfast.sampling import Split, draw_examples, features_at, slabs_at, split_patients
+from organfast.sampling import (
+    Split,
+    draw_examples,
+    features_at,
+    on_model_grid,
+    slabs_at,
+    split_patients,
+)
 from organfast.segmentation import Cleaning, clean
 from organfast.volume import Volume
 
@@ -86,7 +93,12 @@ class Recipe:
     split : Split or None
         Patients to train, validate and test on; None draws one, see ``split_patients``.
     seed : int
-        Seed of everything random.
+        Seed of the split and of the positions; the forest has its own.
+
+    Raises
+    ------
+    ValueError
+        A number is below 1.
     """
 
     grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0), "piecewise"))
@@ -96,6 +108,11 @@ class Recipe:
     classes: ClassTable | None = None
     split: Split | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_per_class", "context_factor"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1")
 
     def n_of_each(self, classes: ClassTable) -> list[int]:
         """Most training positions of each class, in label order.
@@ -128,6 +145,11 @@ class Settings:
         Leave the context classes in the label map, which otherwise holds organs only.
     probabilities : tuple of str
         Organs whose probabilities are kept, so that ``Result.probability`` need not recompute.
+
+    Raises
+    ------
+    ValueError
+        The stride is not made of whole numbers from 1, or one name stands where a tuple belongs.
     """
 
     stride: int | tuple[int, int, int] | None = None
@@ -136,6 +158,22 @@ class Settings:
     body_mask: bool = True
     keep_context: bool = False
     probabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        strides = self.stride if isinstance(self.stride, (tuple, list)) else (self.stride,) * 3
+        if self.stride is not None and not (len(strides) == 3 and all(map(_is_count, strides))):
+            raise ValueError(
+                f"stride is {self.stride!r}; give a whole number from 1, or three of them "
+                "(cols, rows, slices)"
+            )
+        for name in ("organs", "probabilities"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -183,36 +221,11 @@ def train(
     split.check(dataset.patients)
 
     cases = [case for case in dataset.cases if case.patient in split.train]
-    features, labels, spacings = [], [], []
-    for number, case in enumerate(cases):
-        progress("reading cases", number, len(cases))
-        examples = draw_examples(
-            case, classes, recipe.grid, recipe.n_of_each(classes), (recipe.seed, number)
-        )
-        features.append(features_at(examples.grid_volume, pattern, examples.positions))
-        labels.append(examples.labels)
-        spacings.append(examples.grid_volume.spacing_mm)
-    progress("reading cases", len(cases), len(cases))
-
+    features, labels, record = _training_set(cases, classes, pattern, recipe, progress)
     forest = train_forest(
-        np.concatenate(features),
-        np.concatenate(labels),
-        recipe.forest,
-        pattern,
-        len(classes),
-        threads=threads,
-        progress=progress,
+        features, labels, recipe.forest, pattern, len(classes), threads=threads, progress=progress
     )
-    record = {
-        "layout": dataset.layout,
-        "cases": {case.name: _case_digests(case) for case in cases},
-        "split": asdict(split),
-        "n_per_class": recipe.n_per_class,
-        "context_factor": recipe.context_factor,
-        "n_examples": int(sum(len(y) for y in labels)),
-        "seed": recipe.seed,
-        "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
-    }
+    record |= {"layout": dataset.layout, "split": asdict(split), "seed": recipe.seed}
     model = Model(
         classifier=forest,
         classes=classes,
@@ -227,7 +240,51 @@ def train(
         for use, patients in (("validation", split.validation), ("test", split.test))
         if patients
     }
-    return replace(model, scores=scores)
+    return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
+
+
+def _training_set(
+    cases: Sequence[Case],
+    classes: ClassTable,
+    pattern: Block,
+    recipe: Recipe,
+    progress: Progress,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, Any]]:
+    """Features and labels of the training positions, and the record of where they are from."""
+    features, labels, spacings, digests, warnings = [], [], [], {}, []
+    for number, case in enumerate(cases):
+        progress("reading cases", number, len(cases))
+        examples = draw_examples(
+            case, classes, recipe.grid, recipe.n_of_each(classes), (recipe.seed, number)
+        )
+        features.append(features_at(examples.grid_volume, pattern, examples.positions))
+        labels.append(examples.labels)
+        spacings.append(examples.grid_volume.spacing_mm)
+        digests[case.name] = _case_digests(case)
+        warnings += [f"{case.name}: {warning}" for warning in examples.warnings]
+    progress("reading cases", len(cases), len(cases))
+    counts = np.stack([np.bincount(y, minlength=len(classes)) for y in labels])
+    record = {
+        "cases": digests,
+        "n_per_class": recipe.n_per_class,
+        "context_factor": recipe.context_factor,
+        "n_examples": int(counts.sum()),
+        "n_cases_with": dict(zip(classes.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
+        "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
+        "warnings": warnings,
+    }
+    return _stacked(features), np.concatenate(labels), record
+
+
+def _stacked(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The parts in one array; each is let go once it is copied, for together they fill memory."""
+    stacked = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    end = len(stacked)
+    while parts:
+        part = parts.pop()
+        stacked[end - len(part) : end] = part
+        end -= len(part)
+    return stacked
 
 
 def _block_scores(
@@ -342,7 +399,16 @@ def segment_many(
     ------
     Result
         In the order of the scans.
+
+    Raises
+    ------
+    InputError
+        The model cannot be used; or a scan, where ``on_error`` is not given.
+    ValueError
+        ``scans`` is a single path, or the settings do not fit the model.
     """
+    if isinstance(scans, (str, PathLike)):
+        raise ValueError(f"scans is one path, {str(scans)!r}; give a list of them")
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
     with ThreadPoolExecutor(1, thread_name_prefix="organfast-read") as reader:
@@ -401,6 +467,7 @@ def locate(
 class _Input:
     """A scan that has been read, and what its file was."""
 
+    name: str
     scan: Scan
     digest: str | None
     seconds: float
@@ -408,8 +475,10 @@ class _Input:
 
 def _read(source: Any) -> _Input:
     start = time.perf_counter()
-    digest = file_digest(source) if isinstance(source, (str, PathLike)) else None
-    return _Input(as_scan(source), digest, time.perf_counter() - start)
+    is_path = isinstance(source, (str, PathLike))
+    digest = file_digest(source) if is_path else None
+    name = fspath(source) if is_path else "the given scan"
+    return _Input(name, as_scan(source), digest, time.perf_counter() - start)
 
 
 def _segment(
@@ -424,17 +493,18 @@ def _segment(
     labels: NDArray[Any] = np.zeros(shape, np.uint8 if len(classes) <= 256 else np.uint16)
     confidence = np.zeros(shape, np.uint8)
 
-    with _timed(seconds, "model grid and body"):
-        flow = _Flow.prepare(volume, model, settings, threads)
-    with _timed(seconds, "classify and enlarge"), Workers(threads) as workers:
-        evidence = label_volume(
-            flow.slabs(workers, progress),
-            flow.enlargement,
-            labels,
-            workers,
-            confidence=confidence,
-            keep=kept,
-        )
+    with Workers(threads) as workers:
+        with _timed(seconds, "model grid and body"):
+            flow = _Flow.prepare(given, model, settings, threads)
+        with _timed(seconds, "classify and enlarge"):
+            evidence = label_volume(
+                flow.slabs(workers, progress),
+                flow.enlargement,
+                labels,
+                workers,
+                confidence=confidence,
+                keep=kept,
+            )
     with _timed(seconds, "clean"):
         cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
@@ -474,8 +544,9 @@ class _Flow:
     warnings: tuple[str, ...]
 
     @staticmethod
-    def prepare(volume: Volume, model: Model, settings: Settings, threads: int) -> _Flow:
-        grid_volume = to_model_grid(volume, model.grid, threads)
+    def prepare(given: _Input, model: Model, settings: Settings, threads: int) -> _Flow:
+        volume = given.scan.volume
+        grid_volume = on_model_grid(given.name, volume, model.grid, threads)
         stride = _stride(settings.stride) if settings.stride is not None else model.stride
         block_grid = BlockGrid(grid_volume.shape, stride)
         mask = body_mask(grid_volume, block_grid) if settings.body_mask else None
@@ -516,9 +587,7 @@ class _Flow:
 
 def _stride(stride: int | tuple[int, int, int]) -> tuple[int, int, int]:
     """A user's stride (cols, rows, slices) as (k, i, j); an int visits every slice."""
-    if isinstance(stride, int):
-        return 1, stride, stride
-    cols, rows, slices = stride
+    cols, rows, slices = stride if isinstance(stride, (tuple, list)) else (stride, stride, 1)
     return slices, rows, cols
 
 

@@ -28,13 +28,15 @@ from organfast.grid import (
     to_model_grid,
 )
 from organfast.layouts import Case, CaseLabels, case_labels
-from organfast.nifti import read_volume
+from organfast.nifti import read_scan
+from organfast.volume import Volume
 
 __all__ = [
     "Examples",
     "Split",
     "draw_examples",
     "features_at",
+    "on_model_grid",
     "sample_positions",
     "slabs_at",
     "split_patients",
@@ -213,13 +215,41 @@ class Examples:
     labels : (n,) int64
         Class of each position.
     warnings : tuple of str
-        What is doubtful in the case's labels.
+        What is doubtful in the scan's file or in its labels.
     """
 
     grid_volume: GridVolume
     positions: NDArray[np.int32]
     labels: NDArray[np.int64]
     warnings: tuple[str, ...] = ()
+
+
+def on_model_grid(
+    path: str | PathLike[str], volume: Volume, grid: ModelGrid, threads: int = 1
+) -> GridVolume:
+    """A file's scan on the model grid; see ``to_model_grid``.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        The file, which an error names.
+    volume : Volume
+        The scan that was read from it.
+    grid : ModelGrid
+        The grid to bring it to.
+    threads : int
+        Threads to share the slices.
+
+    Raises
+    ------
+    InputError
+        The scan is so large, in mm, that it does not fit the grid.
+    """
+    try:
+        return to_model_grid(volume, grid, threads)
+    except ValueError as error:
+        problem, _, remedy = str(error).partition("; ")
+        raise InputError(path, problem, remedy) from None
 
 
 def draw_examples(
@@ -253,13 +283,14 @@ def draw_examples(
     InputError
         The scan or its labels cannot be used.
     """
-    volume = read_volume(case.image)
+    scan = read_scan(case.image)
+    volume = scan.volume
     labelled = case_labels(case, classes, volume)
-    grid_volume = to_model_grid(volume, grid)
+    grid_volume = on_model_grid(case.image, volume, grid)
     labels = resample_labels(volume.orientation.working(labelled.labels), grid_volume)
     labels = _with_context(labels, labelled, classes, grid_volume)
     positions, drawn = sample_positions(labels, dict(enumerate(n_per_class)), seed)
-    return Examples(grid_volume, positions, drawn, labelled.warnings)
+    return Examples(grid_volume, positions, drawn, (*scan.warnings, *labelled.warnings))
 
 
 def _with_context(
