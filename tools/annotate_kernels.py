@@ -1,6 +1,6 @@
 """Write Cython's annotated C of every kernel: yellow lines are where Python is still called.
 
-    python tools/annotate_kernels.py [FOLDER]     # default: build/annotated
+python tools/annotate_kernels.py [FOLDER]     # default: build/annotated
 """
 
 from __future__ import annotations
