@@ -20,9 +20,17 @@ from organfast.errors import InputError
 from organfast.nifti import Scan, write_labels, write_probability
 from organfast.organs import Organ, organs_csv, organs_json
 
-__all__ = ["Result"]
+__all__ = ["Result", "check_file_target", "check_target", "is_one_file"]
 
 RUN_RECORD = "run.json"
+# What a folder may hold to count as an earlier result, and be replaced.
+_CONTENT = frozenset(
+    {
+        *("segmentation.nii.gz", "organs.json", "organs.csv", RUN_RECORD, "timings.json"),
+        *("labels.json", "labels_itksnap.txt", "labels_slicer.ctbl"),
+        *("overlay.png", "probabilities"),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,24 +123,30 @@ class Result:
         InputError
             The output cannot be written, or is a folder that holds something else.
         ValueError
-            An organ is not in the class table.
+            An organ is not in the class table, or its map is to go into one file with the labels.
         """
         target = Path(out)
-        if target.name.endswith((".nii", ".nii.gz")):
-            write_labels(target, self.labels, self.scan.geometry)
-            return
         for name in probabilities:
             self.classes.index(name)
-        _check_target(target)
+        check_target(target)
+        if is_one_file(target):
+            if probabilities:
+                raise ValueError(f"{target} is one file; give a folder to hold probabilities, too")
+            write_labels(target, self.labels, self.scan.geometry)
+            return
+        # A link goes on pointing at the result.
+        place = target.resolve() if target.is_symlink() else target
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            beside = place.parent / f".organfast-{secrets.token_hex(8)}"
             beside.mkdir()
         except OSError as error:
             raise _unwritable(target, error) from None
         try:
             self._write(beside, preview, probabilities)
-            _swap(beside, target)
+            _swap(beside, place)
+        except InputError as error:  # names the file as long as it lies beside
+            raise InputError(target, error.problem, error.remedy) from None
         except OSError as error:
             raise _unwritable(target, error) from None
         finally:
@@ -178,15 +192,78 @@ class Result:
             save_png(figure, folder / f"{name}.png")
 
 
-def _check_target(target: Path) -> None:
-    """Refuse to replace what is not an earlier result."""
+def is_one_file(out: str | PathLike[str]) -> bool:
+    """Whether an output is a label map alone, by its name, rather than a folder.
+
+    Parameters
+    ----------
+    out : str or PathLike
+        Where a result is to go.
+    """
+    return Path(out).name.endswith((".nii", ".nii.gz"))
+
+
+def check_target(out: str | PathLike[str]) -> None:
+    """Refuse an output that :meth:`Result.save` could not write, before anything is computed.
+
+    Parameters
+    ----------
+    out : str or PathLike
+        Where a result is to go.
+
+    Raises
+    ------
+    InputError
+        The output cannot be written, or is a folder that is no earlier result.
+    """
+    target = Path(out)
+    if is_one_file(target):
+        check_file_target(target)
+        return
     if target.is_dir():
-        if any(target.iterdir()) and not (target / RUN_RECORD).is_file():
-            raise InputError(
-                target, "is a folder that holds other files", "give a new or empty folder"
-            )
+        _check_replaceable(target)
     elif target.exists():
         raise InputError(target, "is a file", "give a folder, or a name that ends in .nii.gz")
+    _check_folder(next(folder for folder in target.absolute().parents if folder.exists()))
+
+
+def check_file_target(path: str | PathLike[str]) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Where a label map or a model is to go.
+
+    Raises
+    ------
+    InputError
+        It is a folder, or its folder does not exist or cannot be written to.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(target, "is a folder", "give the name of a file")
+    _check_folder(target.parent)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(folder, "is no folder", "make it, or give another output")
+    if not os.access(folder, os.W_OK):
+        raise InputError(folder, "cannot be written to", "give a folder you may write to")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is neither empty nor an earlier result and nothing else."""
+    content = {entry.name for entry in folder.iterdir()}
+    if content and not {RUN_RECORD, "segmentation.nii.gz"} <= content <= _CONTENT:
+        raise InputError(folder, "is a folder that holds other files", "give a new or empty folder")
+    if os.path.ismount(folder) or folder.samefile(Path.cwd()):
+        raise InputError(
+            folder,
+            "is where you stand or a mount point, and cannot be replaced",
+            "give the name of a folder inside it",
+        )
 
 
 def _swap(new: Path, target: Path) -> None:
