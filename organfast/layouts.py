@@ -56,6 +56,7 @@ _VISCERAL = re.compile(
     r"(?P<scan>(?P<patient>\d+)_\d+_CT[A-Za-z]*_[A-Za-z]+)(?:_(?P<radlex>\d+)_(?P<annotator>\d+))?"
 )
 _MASK_FOLDER = "segmentations"
+_MAP_FOLDER = "probabilities"
 _DEPTH = 2
 _MAX_ID = 65_535
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
@@ -241,7 +242,8 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     """The scans to segment: a file itself, or those of a folder and its sub-folders.
 
     Left out are what the layouts use for labels: ``labels``, ``segmentation(s)``, ``*_labels``,
-    ``*_seg``, masks with VISCERAL's names and folders called ``segmentations``.
+    ``*_seg``, masks with VISCERAL's names and folders called ``segmentations``; and the folders
+    ``probabilities`` of results.
 
     Parameters
     ----------
@@ -282,7 +284,7 @@ def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
             scans.append(((inside if of_folder else inside / stem).as_posix(), path))
     if depth:
         for name, sub_folder in folders.items():
-            if name != _MASK_FOLDER:
+            if name not in (_MASK_FOLDER, _MAP_FOLDER):
                 scans += _scans_in(sub_folder, inside / name, depth - 1)
     return scans
 
