@@ -169,8 +169,13 @@ def train(
     ] = None,
     n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
     context_factor: Annotated[
-        int, typer.Option(min=1, help="The context classes get so many times as many blocks.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The context classes get so many times as many blocks. "
+            "Default: 3, or 1 with a single patient.",
+        ),
+    ] = None,
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="random_forest or extra_trees.")] = "random_forest",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -83,9 +83,10 @@ class Recipe:
         ``ModelGrid(None)`` is the scan's own pixels.
     n_per_class : int
         Most training positions per class and patient.
-    context_factor : int
+    context_factor : int or None
         The context classes get this many times as many: what lies between the organs is more
-        varied than any organ, and every organ borders on it.
+        varied than any organ, and every organ borders on it. None is 3, but 1 where a single
+        patient trains: its context teaches little of the next one's, and displaces the organs.
     forest : ForestSettings
         Kind and size of the forest.
     classes : ClassTable or None
@@ -103,7 +104,7 @@ class Recipe:
 
     grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0), "piecewise"))
     n_per_class: int = 1000
-    context_factor: int = 3
+    context_factor: int | None = None
     forest: ForestSettings = field(default_factory=ForestSettings)
     classes: ClassTable | None = None
     split: Split | None = None
@@ -111,19 +112,24 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("n_per_class", "context_factor"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1")
+            number = getattr(self, name)
+            if not (_is_count(number) or (number is None and name == "context_factor")):
+                raise ValueError(f"{name} is {number!r}; give a whole number from 1")
 
-    def n_of_each(self, classes: ClassTable) -> list[int]:
+    def n_of_each(self, classes: ClassTable, n_patients: int) -> list[int]:
         """Most training positions of each class, in label order.
 
         Parameters
         ----------
         classes : ClassTable
             The classes.
+        n_patients : int
+            Patients who train.
         """
-        factors = [self.context_factor if s.role == "context" else 1 for s in classes.structures]
-        return [self.n_per_class * factor for factor in factors]
+        usual = 1 if n_patients == 1 else 3
+        factor = usual if self.context_factor is None else self.context_factor
+        roles = (s.role for s in classes.structures)
+        return [self.n_per_class * (factor if role == "context" else 1) for role in roles]
 
 
 @dataclass(frozen=True)
@@ -251,12 +257,11 @@ def _training_set(
     progress: Progress,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, Any]]:
     """Features and labels of the training positions, and the record of where they are from."""
+    n_of_each = recipe.n_of_each(classes, len({case.patient for case in cases}))
     features, labels, spacings, digests, warnings = [], [], [], {}, []
     for number, case in enumerate(cases):
         progress("reading cases", number, len(cases))
-        examples = draw_examples(
-            case, classes, recipe.grid, recipe.n_of_each(classes), (recipe.seed, number)
-        )
+        examples = draw_examples(case, classes, recipe.grid, n_of_each, (recipe.seed, number))
         features.append(features_at(examples.grid_volume, pattern, examples.positions))
         labels.append(examples.labels)
         spacings.append(examples.grid_volume.spacing_mm)
@@ -266,8 +271,7 @@ def _training_set(
     counts = np.stack([np.bincount(y, minlength=len(classes)) for y in labels])
     record = {
         "cases": digests,
-        "n_per_class": recipe.n_per_class,
-        "context_factor": recipe.context_factor,
+        "n_of_each_class": n_of_each,
         "n_examples": int(counts.sum()),
         "n_cases_with": dict(zip(classes.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
         "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
