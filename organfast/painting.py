@@ -368,7 +368,17 @@ def _noise_tiles(
 
 
 def hu_range(tissue: str, phase: Phase, part: Literal["core", "shell"] = "core") -> Range:
-    """Range of patients' mean HU of a tissue's core or shell in a contrast phase."""
+    """Range of patients' mean HU of a tissue in a contrast phase.
+
+    Parameters
+    ----------
+    tissue : str
+        One of ``TISSUES``.
+    phase : {"native", "arterial", "portal_venous"}
+        Contrast phase.
+    part : {"core", "shell"}
+        Inside, or wall, cortex and the like.
+    """
     low, high = getattr(TISSUES[tissue], part)[PHASES.index(phase)]
     return float(low), float(high)
 
@@ -489,6 +499,15 @@ def paint(
 
 def in_slabs(work: Callable[[int, int], None], n_slices: int, threads: int) -> None:
     """Call ``work(low, high)`` on runs of slices that together are all of them, a run a thread.
+
+    Parameters
+    ----------
+    work : callable
+        Called with the first slice of a run and one beyond its last.
+    n_slices : int
+        Slices in all.
+    threads : int
+        Runs, at most one per slice.
 
     Raises
     ------

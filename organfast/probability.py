@@ -294,7 +294,15 @@ class Workers(ThreadPoolExecutor):
     def in_order(
         self, function: Callable[[Item], Computed], items: Iterable[Item]
     ) -> Iterator[Computed]:
-        """Results in the order of the items; at most ``window`` of them are computed ahead."""
+        """Results in the order of the items; at most ``window`` of them are computed ahead.
+
+        Parameters
+        ----------
+        function : callable
+            Called with one item, in any of the threads.
+        items : iterable
+            Asked for the next one as the results are taken.
+        """
         pending: deque[Future[Computed]] = deque()
         try:
             for item in items:

@@ -285,7 +285,21 @@ def _fence(kind: int, offset: float, side: float) -> Part:
 
 @dataclass
 class Shapes:
-    """The shapes of a patient, in the order in which they claim voxels."""
+    """The shapes of a patient, in the order in which they claim voxels.
+
+    Parameters
+    ----------
+    random : numpy.random.Generator
+        Source of everything random about them.
+    heads : list of (label, groups, first row, fences, solids)
+        One per shape: its label, what it may replace (bits), and its parts in ``rows``.
+    boxes : list of (2, 3) float, mm
+        Low and high corner of where each shape may be.
+    relief : list of (amplitude, size, offset)
+        Unevenness of each surface, mm, and where in the texture it is read.
+    rows : list of (18,) float32
+        The parts of all shapes, fences before solids.
+    """
 
     random: np.random.Generator
     heads: list[tuple[int, int, int, int, int]] = field(default_factory=list)
@@ -345,9 +359,20 @@ class Shapes:
         squash: Point = (1, 1, 1),
         relief: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        """Many round cones at once, a shape each, from (n, 4) to (n, 4) x, y, z, radius.
+        """Many round cones at once, a shape each.
 
-        ``squash`` > 1 makes them thinner along an axis.
+        Parameters
+        ----------
+        name : str
+            Structure they belong to.
+        ends : two (n, 4) arrays, mm
+            x, y, z and radius where each cone starts and where it ends.
+        over : str
+            What they may replace.
+        squash : (x, y, z)
+            Above 1 they are thinner along that axis.
+        relief : (float, float)
+            Amplitude and feature size of the surface's unevenness, mm.
         """
         start, end = ends
         weight = np.asarray(squash, np.float64)
@@ -374,7 +399,7 @@ class Shapes:
         squash: Point = (1, 1, 1),
         relief: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        """A tube along a smooth curve through (x, y, z, radius) points."""
+        """A tube along a smooth curve through (x, y, z, radius) points; else as :meth:`cones`."""
         points = curve(path)
         self.cones(name, (points[:-1], points[1:]), over, squash, relief)
 

@@ -70,7 +70,15 @@ class Orientation:
     def working_affine(
         self, affine: NDArray[np.float64], shape: tuple[int, ...]
     ) -> NDArray[np.float64]:
-        """Affine from working (k, i, j) to RAS+ mm, given the stored one and the stored shape."""
+        """Affine from working (k, i, j) to RAS+ mm.
+
+        Parameters
+        ----------
+        affine : (4, 4) float64
+            Stored voxel index -> RAS+ mm.
+        shape : tuple of int
+            Voxels along the stored axes.
+        """
         to_stored = np.zeros((4, 4))
         to_stored[3, 3] = 1
         for w, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
@@ -81,7 +89,15 @@ class Orientation:
     def stored_index(
         self, working_index: tuple[float, float, float], shape: tuple[int, ...]
     ) -> tuple[float, float, float]:
-        """A working (k, i, j) index as an index of the stored array of the given shape."""
+        """An index of the stored array, not rounded.
+
+        Parameters
+        ----------
+        working_index : (k, i, j) float
+            The same place in working order.
+        shape : tuple of int
+            Voxels along the stored axes.
+        """
         index = [0.0, 0.0, 0.0]
         for w, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
             index[axis] = shape[axis] - 1 - working_index[w] if flip else working_index[w]

@@ -183,7 +183,22 @@ class Forest:
     def from_arrays(
         arrays: Mapping[str, NDArray[Any]], offsets: NDArray[np.int32], n_classes: int
     ) -> Forest:
-        """The inverse of :meth:`arrays`; ValueError on anything that is no forest."""
+        """The inverse of :meth:`arrays`.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            ``threshold``, ``feature`` and ``left`` of the nodes, ``tree_starts``, ``leaf_table``.
+        offsets : (n_features, 4) int32
+            A pattern's: (level index, dk, di, dj) of each feature.
+        n_classes : int
+            Columns of the probabilities.
+
+        Raises
+        ------
+        ValueError
+            The arrays, which may come from a tampered file, are no forest.
+        """
         threshold, feature, left = (arrays[name] for name in ("threshold", "feature", "left"))
         if not threshold.shape == feature.shape == left.shape or left.ndim != 1:
             raise ValueError("thresholds, features and children differ in number")
