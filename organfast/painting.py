@@ -325,14 +325,27 @@ _NOT_VISCERAL = (
 
 
 def tissue_of(name: str) -> str:
-    """The tissue a structure is painted as; ``soft`` where the painter does not know the name."""
+    """The tissue a structure is painted as; ``soft`` where the painter does not know the name.
+
+    Parameters
+    ----------
+    name : str
+        The structure; TotalSegmentator's name where it has one.
+    """
     return next(tissue for pattern, tissue in _TISSUE_OF_NAME if fnmatchcase(name, pattern))
 
 
 def texture_tile(seed: int, n: int = 64) -> NDArray[np.float32]:
     """(n, n, n) float32 periodic Gaussian noise, mean 0, deviation 1, features of about n/8 cells.
 
-    White noise under a Gaussian filter, by FFT; n is a power of two.
+    White noise under a Gaussian filter, by FFT.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the noise.
+    n : int
+        Cells along each side, a power of two.
     """
     random = np.random.default_rng([seed, 11])
     spectrum = np.fft.rfftn(random.standard_normal((n, n, n)))

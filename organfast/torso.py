@@ -505,7 +505,15 @@ class Patient:
 
 
 def body_radii(patient: Patient, random: np.random.Generator) -> NDArray[np.float32]:
-    """(N_LEVELS, N_ANGLES, 3) float32 polar radii of cavity, muscles and skin, mm."""
+    """(N_LEVELS, N_ANGLES, 3) float32 polar radii of cavity, muscles and skin, mm.
+
+    Parameters
+    ----------
+    patient : Patient
+        Whose body.
+    random : numpy.random.Generator
+        Source of all variation.
+    """
     from scipy.ndimage import gaussian_filter
 
     from organfast.kernels.phantom import AXIS_Y
