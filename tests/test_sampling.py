@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from organfast.anatomy import ClassTable
+from organfast.blocks import Block
 from organfast.errors import InputError
-from organfast.sampling import Split, sample_positions, split_patients
+from organfast.grid import GridVolume, ModelGrid, levels_slab
+from organfast.layouts import Case, find_cases
+from organfast.nifti import Geometry, write_labels, write_volume
+from organfast.sampling import (
+    Examples,
+    Split,
+    draw_examples,
+    features_at,
+    on_model_grid,
+    sample_positions,
+    slabs_at,
+    split_patients,
+)
+from organfast.volume import Volume
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,3 +103,155 @@ def test_what_is_no_split_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_split_of_other_patients_is_refused() -> None:
     with pytest.raises(ValueError, match="patient z"):
         Split(("z",)).check(["a", "b"])
+
+
+# --- positions of a case --------------------------------------------------------------------------
+
+CLASSES = ClassTable.from_names(["liver", "spleen"])
+SHAPE = (20, 16, 6)
+SPACING_MM = (3.0, 4.0, 5.0)
+
+
+def label_map() -> np.ndarray:
+    """Air, the rest of the body, liver and spleen, stored (x, y, z)."""
+    labels = np.full(SHAPE, CLASSES.index("thorax_abdomen"), np.uint8)
+    labels[:, :3] = 0
+    labels[11:17, 5:12, 1:4] = CLASSES.index("liver")
+    labels[3:6, 4:8, 2:5] = CLASSES.index("spleen")
+    return labels
+
+
+def told_by_hu(labels: np.ndarray) -> np.ndarray:
+    """HU from which the label can be read: -1000, 0, 100, 200 and up to 40 more."""
+    noise = np.random.default_rng(0).integers(0, 41, labels.shape)
+    return (np.where(labels == 0, -1000, 100 * (labels - 1.0)) + noise).astype(np.int16)
+
+
+def case_of(folder: Path, organs: Sequence[str], flip: bool = False) -> Case:
+    """A case with a mask per organ, and nothing said of the rest."""
+    labels, affine = label_map(), np.diag([*SPACING_MM, 1.0])
+    volume = Volume(told_by_hu(labels), affine)
+    if flip:  # stored (z, x, y), x backwards
+        labels = labels.transpose(2, 0, 1)[:, ::-1]
+        turned = affine[:, [2, 0, 1, 3]] * [1, -1, 1, 1]
+        turned[0, 3] = (SHAPE[0] - 1) * SPACING_MM[0]
+        volume = Volume(volume.hu.transpose(2, 0, 1)[:, ::-1].copy(), turned)
+    (folder / "p0" / "segmentations").mkdir(parents=True)
+    write_volume(folder / "p0" / "ct.nii.gz", volume)
+    for name in organs:
+        mask = (labels == CLASSES.index(name)).astype(np.uint8)
+        path = folder / "p0" / "segmentations" / f"{name}.nii.gz"
+        write_labels(path, mask, Geometry.of_volume(volume))
+    (case,) = find_cases(folder).cases
+    return case
+
+
+def hu_at(examples: Examples) -> np.ndarray:
+    return examples.grid_volume.hu[tuple(examples.positions.T)]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_examples_lie_where_their_label_is(flip: bool, tmp_path: Path) -> None:
+    case = case_of(tmp_path, ["liver", "spleen"], flip)
+    examples = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 0))
+    organs, outside = examples.labels >= 2, examples.labels == 0
+    np.testing.assert_array_equal(hu_at(examples)[organs] // 100 + 1, examples.labels[organs])
+    assert (hu_at(examples)[outside] < -500).all()
+    # The rest of the body ends within a raster step of the skin.
+    assert (hu_at(examples)[examples.labels == 1] < 100).all()
+    assert examples.positions[examples.labels == 1, 1].min() >= 2
+    n_spleen = int((label_map() == CLASSES.index("spleen")).sum())
+    np.testing.assert_array_equal(np.bincount(examples.labels), [5, 30, 10, n_spleen])
+    assert len(np.unique(examples.positions, axis=0)) == len(examples.positions)
+    again = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 0))
+    np.testing.assert_array_equal(again.positions, examples.positions)
+    other = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 1))
+    assert (other.positions != examples.positions).any()
+
+
+def test_storage_does_not_change_the_draw(tmp_path: Path) -> None:
+    drawn = [
+        draw_examples(
+            case_of(tmp_path / str(flip), ["liver", "spleen"], flip),
+            CLASSES,
+            ModelGrid((2.0, 2.0, 5.0)),
+            [20] * 4,
+            (0, 0),
+        )
+        for flip in (False, True)
+    ]
+    np.testing.assert_array_equal(drawn[0].positions, drawn[1].positions)
+    np.testing.assert_array_equal(drawn[0].labels, drawn[1].labels)
+    np.testing.assert_array_equal(drawn[0].grid_volume.hu, drawn[1].grid_volume.hu)
+
+
+def test_on_a_working_grid_examples_lie_in_their_organ(tmp_path: Path) -> None:
+    case = case_of(tmp_path, ["liver", "spleen"])
+    examples = draw_examples(case, CLASSES, ModelGrid((2.0, 2.0, 2.5)), [50] * 4, (0, 0))
+    scan, labels = examples.grid_volume, label_map().transpose(2, 1, 0)
+    nearest = np.floor(np.array(scan.offset) + np.array(scan.step) * examples.positions + 0.5)
+    found, organs = labels[tuple(nearest.astype(int).T)], examples.labels >= 2
+    np.testing.assert_array_equal(found[organs], examples.labels[organs])
+    assert (found[~organs] < 2).all()
+
+
+def test_an_organ_that_nobody_drew_is_not_context(tmp_path: Path) -> None:
+    """Without the spleen's mask, voxels of the rest of the body may be spleen."""
+    case = case_of(tmp_path, ["liver"])
+    examples = draw_examples(case, CLASSES, ModelGrid(None), [20] * 4, (0, 0))
+    np.testing.assert_array_equal(np.bincount(examples.labels, minlength=4), [20, 0, 20, 0])
+    assert (hu_at(examples)[examples.labels == 0] < -500).all()
+
+
+def test_a_scan_too_large_for_the_grid_is_named(tmp_path: Path) -> None:
+    volume = Volume(np.zeros((200, 200, 2), np.int16), np.diag([100.0, 100, 100, 1]))
+    with pytest.raises(InputError, match=r"huge\.nii: the model grid would have .*; check the"):
+        on_model_grid("huge.nii", volume, ModelGrid((0.1, 0.1, 3.0)))
+
+
+# --- what is read around them ---------------------------------------------------------------------
+
+PATTERNS = [Block(1), Block(5), Block(3, levels=(1, 3), slices=3), Block(7, levels=(4,))]
+
+
+@pytest.fixture(scope="module")
+def scan() -> GridVolume:
+    hu = np.random.default_rng(2).integers(-1200, 800, (5, 9, 11)).astype(np.int16)
+    return GridVolume(hu)
+
+
+def everywhere(scan: GridVolume) -> np.ndarray:
+    return np.argwhere(np.ones(scan.shape, bool)).astype(np.int32)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_slabs_at_hold_every_position_once_and_its_voxel(pattern: Block, scan: GridVolume) -> None:
+    positions = np.random.default_rng(4).permutation(everywhere(scan))[:200]
+    positions = np.concatenate([positions, positions[:7]])  # some twice
+    seen = np.zeros(len(positions), int)
+    for rows, slab, local in slabs_at(scan, pattern, positions):
+        seen[rows] += 1
+        assert len(np.unique(positions[rows, 0])) == 1
+        if pattern.widths[0] == 1:
+            voxels = np.maximum(scan.hu[tuple(positions[rows].T)], -1024)
+            np.testing.assert_array_equal(slab[(0, *local.T)], voxels)
+    np.testing.assert_array_equal(seen, 1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_features_at_scattered_positions_are_those_of_the_whole_volume(
+    pattern: Block, scan: GridVolume
+) -> None:
+    positions = np.random.default_rng(5).permutation(everywhere(scan))
+    whole = levels_slab(scan, pattern, 0, scan.shape[0])
+    reach = np.array(pattern.reach, np.int32)
+    expected = naive.gather_features(whole, pattern.offsets, positions + reach)
+    found = features_at(scan, pattern, positions)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_no_position_has_no_features(scan: GridVolume) -> None:
+    none = np.empty((0, 3), np.int32)
+    assert features_at(scan, Block(3), none).shape == (0, 9)
+    assert list(slabs_at(scan, Block(3), none)) == []
