@@ -242,7 +242,7 @@ def gather_case(size: int, stride: int) -> Benchmark:
 
 
 def enlargement_case(n_classes: int, n_blocks: int, n_pixels: int) -> Benchmark:
-    """Labels and confidence of a slice from block probabilities, against scipy, OpenCV and torch.
+    """Labels and confidence of a slice, against scipy, OpenCV, torch and jax.
 
     Parameters
     ----------
@@ -269,9 +269,11 @@ def enlargement_case(n_classes: int, n_blocks: int, n_pixels: int) -> Benchmark:
     peers: dict[str, Job] = {"scipy.ndimage.zoom": by_scipy}
     skipped: list[str] = []
     if _installed("cv2", skipped):
-        peers["cv2.resize"] = _by_opencv(probabilities, shape)
+        peers["cv2.resize"] = _by_opencv(by_class, shape)
     if _installed("torch", skipped):
         peers["torch interpolate"] = _by_torch(by_class, shape)
+    if _installed("jax", skipped):
+        peers["jax.image.resize"] = _by_jax(by_class, shape)
     return Benchmark(
         f"enlarge {n_classes} x {n_blocks} x {n_blocks} to {n_pixels} px",
         lambda: enlarge(probabilities, shape, stride),
@@ -295,16 +297,33 @@ def _competing_classes(n_classes: int, n_blocks: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(probabilities.transpose(1, 2, 0))
 
 
-def _by_opencv(probabilities: NDArray[np.float32], shape: tuple[int, int]) -> Job:
+def _by_opencv(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
+    """Class by class with a running maximum: several times faster than 23 channels and argmax."""
     import cv2
 
     cv2.setNumThreads(1)
 
     def job() -> object:
-        full = cv2.resize(probabilities, shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return full.argmax(axis=2), full.max(axis=2)
+        labels = np.zeros(shape, np.uint8)
+        best = cv2.resize(by_class[0], shape[::-1], interpolation=cv2.INTER_LINEAR)
+        for label, coarse in enumerate(by_class[1:], start=1):
+            full = cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR)
+            labels[full > best] = label
+            np.maximum(best, full, out=best)
+        return labels, best
 
     return job
+
+
+def _by_jax(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
+    import jax
+
+    def enlarged(coarse: Any) -> Any:
+        full = jax.image.resize(coarse, (len(by_class), *shape), "linear")
+        return full.argmax(axis=0), full.max(axis=0)
+
+    compiled = jax.jit(enlarged)
+    return lambda: jax.block_until_ready(compiled(by_class))
 
 
 def _by_torch(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
