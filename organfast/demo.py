@@ -28,6 +28,11 @@ __all__ = ["OrganScore", "run_demo"]
 # A patient number that no cohort draws: the cohort's are below 2**31.
 _UNSEEN_PATIENT = 2**31 + 1
 
+# Spacing (x, y, z), mm, and pixels along a side; the unseen scan is finer than those learned from.
+_COHORT = ((1.6, 1.6, 4.0), 256)
+_UNSEEN = ((0.8, 0.8, 3.0), 512)
+_N_PER_CLASS, _N_TREES = 400, 60
+
 
 @dataclass(frozen=True)
 class OrganScore:
@@ -40,7 +45,7 @@ class OrganScore:
     volume_ml : float, ml
         Its volume as segmented.
     dice : float
-        Overlap with the truth, 0..1.
+        Overlap with the truth, 0..1; NaN where neither has the organ.
     centre_error_mm : float, mm
         Distance between its centre as located and as painted; NaN where it was not found.
     """
@@ -89,7 +94,7 @@ def run_demo(
     classes = ClassTable.default()
     if (folder / "cohort").exists():
         raise InputError(folder, "holds a demo already", "give a new folder, or delete this one")
-    for number, case in enumerate(cohort(n_patients, seed, threads=threads)):
+    for number, case in enumerate(cohort(n_patients, seed, *_COHORT, threads=threads)):
         progress("painting patients", number, n_patients)
         write_case(folder / "cohort", case.name, case.scan, case.labels, classes)
     progress("painting patients", n_patients, n_patients)
@@ -98,9 +103,9 @@ def run_demo(
         folder / "cohort",
         Block(17, levels=(1, 3, 9)),
         Recipe(
-            n_per_class=400,
+            n_per_class=_N_PER_CLASS,
             context_factor=5,
-            forest=ForestSettings("extra_trees", n_trees=60),
+            forest=ForestSettings("extra_trees", n_trees=_N_TREES, seed=seed),
             seed=seed,
         ),
         threads=threads,
@@ -119,14 +124,17 @@ def run_demo(
     )
     result.save(folder / "segmented", probabilities=("liver",))
     scores = _scores(result, unseen.labels)
-    (folder / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
+    # JSON has no NaN: what has no number is null.
+    rows = [{k: None if v != v else v for k, v in asdict(s).items()} for s in scores]
+    text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    (folder / "scores.json").write_text(text, encoding="utf-8")
     return scores
 
 
 def _unseen_patient(seed: int, threads: int) -> PhantomCase:
     """A patient whom no cohort draws, scanned finely from the neck to the hips."""
     patient = _UNSEEN_PATIENT + seed
-    anatomy = phantom(FieldOfView.over("trunk", (0.8, 0.8, 3.0), 512), patient, threads=threads)
+    anatomy = phantom(FieldOfView.over("trunk", *_UNSEEN), patient, threads=threads)
     return PhantomCase("unseen", paint(anatomy, patient, threads=threads), class_labels(anatomy))
 
 
