@@ -69,7 +69,11 @@ class Result:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Everything that a reader should check, about the scan and about its organs."""
-        of_organs = (w for organ in self.organs.values() for w in organ.warnings)
+        of_organs = (
+            warning if name in warning else f"{name}: {warning}"
+            for name, organ in self.organs.items()
+            for warning in organ.warnings
+        )
         return tuple(dict.fromkeys((*self.record["warnings"], *of_organs)))
 
     def probability(self, name: str) -> NDArray[np.uint8]:
