@@ -119,7 +119,9 @@ def test_an_unseen_patient_s_organs_are_found_where_they_are(
         assert found.centroid_mm is not None
         assert true.centroid_mm is not None
         assert centroid_error_mm(true.centroid_mm, found.centroid_mm) < 38, name
-    assert result.warnings == tuple(w for o in result.organs.values() for w in o.warnings)
+    for name, organ in result.organs.items():
+        for warning in organ.warnings:
+            assert any(name in w and warning in w for w in result.warnings)
 
 
 def test_the_record_of_a_model_says_what_it_was_made_of(native: Model, cases: Path) -> None:
