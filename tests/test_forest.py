@@ -313,7 +313,8 @@ def test_integer_thresholds_part_voxels_as_float_ones(threshold: float, voxel: i
 
     (whole,) = _integer_thresholds(np.array([threshold]))
     for x in {voxel, int(np.clip(np.floor(threshold), -32768, 32767)), -32768, 32767}:
-        assert (x <= whole) == (np.float32(x) <= threshold)
+        # As scikit-learn compares: a Python float would be rounded to float32 first.
+        assert (x <= whole) == (np.float32(x) <= np.float64(threshold))
 
 
 # --- training -------------------------------------------------------------------------------------
