@@ -231,7 +231,12 @@ def train(
     forest = train_forest(
         features, labels, recipe.forest, pattern, len(classes), threads=threads, progress=progress
     )
-    record |= {"layout": dataset.layout, "split": asdict(split), "seed": recipe.seed}
+    record |= {
+        "layout": dataset.layout,
+        "split": asdict(split),
+        "seed": recipe.seed,
+        "forest": asdict(recipe.forest),
+    }
     model = Model(
         classifier=forest,
         classes=classes,

@@ -19,6 +19,8 @@ from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
 from organfast.pipeline import Settings, segment
 
+SEED = 2
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[demo.OrganScore]]:
@@ -28,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[demo.Orga
         patch.setattr(demo, "_UNSEEN", ((5.0, 5.0, 8.0), 76))
         patch.setattr(demo, "_N_PER_CLASS", 60)
         patch.setattr(demo, "_N_TREES", 10)
-        scores = demo.run_demo(folder, 3, 0, threads=2)
+        scores = demo.run_demo(folder, 3, SEED, threads=2)
     return folder, scores
 
 
@@ -82,6 +84,7 @@ def test_the_unseen_patient_is_not_of_the_cohort_and_its_model_knows_nobody_else
     folder, _ = made
     model = load_model(folder / "phantom.organfast")
     assert set(model.training["cases"]) <= {"phantom_000", "phantom_001", "phantom_002"}
+    assert model.training["seed"] == model.training["forest"]["seed"] == SEED
     unseen, _ = read_labels(folder / "unseen" / "labels.nii.gz")
     for case in find_cases(folder / "cohort").cases:
         assert read_volume(case.image).hu.shape != unseen.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -130,6 +130,7 @@ def test_the_record_of_a_model_says_what_it_was_made_of(native: Model, cases: Pa
     assert set(record["cases"]) == {"p0", "p1"}
     assert record["split"] == {"train": ("p0", "p1"), "validation": (), "test": ("p2",)}
     assert record["spacing_mm"] == [5.0, 5.0, 12.0]
+    assert record["forest"] == asdict(FEW_TREES)
     scores = native.scores["test"]
     assert set(native.scores) == {"test"}
     assert scores["n_patients"] == 1

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_pipeline import stored_as
 
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block
@@ -82,14 +83,19 @@ def learned(folder: Path, pattern: Block | None = None, **recipe: Any) -> Model:
 
 
 @pytest.mark.parametrize("grid", [ModelGrid(None), ModelGrid((2.0, 2.0, 3.0), "piecewise")])
-def test_organs_are_found_at_their_place_in_the_patient(grid: ModelGrid, tmp_path: Path) -> None:
-    """Three axes of different length, spacing and direction: none can stand for another."""
+@pytest.mark.parametrize(
+    ("order", "signs"), [((0, 1, 2), (1, 1, 1)), ((0, 1, 2), (-1, -1, 1)), ((2, 0, 1), (1, -1, 1))]
+)
+def test_organs_are_found_at_their_place_in_the_patient(
+    order: tuple[int, ...], signs: tuple[float, ...], grid: ModelGrid, tmp_path: Path
+) -> None:
+    """Three axes of different length and spacing: none can stand for another."""
     write(tmp_path / "cases", "p0", 0)
     model = learned(tmp_path / "cases", grid=grid)
     scan, _ = patient(1)
-    write_volume(tmp_path / "ct.nii.gz", scan)
+    write_volume(tmp_path / "ct.nii.gz", stored_as(scan, order, signs))
     result = segment(tmp_path / "ct.nii.gz", model, Settings(stride=(1, 1, 1)))
-    assert result.labels.shape == SHAPE
+    assert result.labels.shape == tuple(SHAPE[axis] for axis in order)
     for name, box in BOXES.items():
         middle = [(low + high - 1) / 2 for low, high in box]
         expected = scan.to_mm(np.array(middle))
