@@ -38,7 +38,7 @@ from organfast.volume import Volume
 
 FIELD = FieldOfView((72, 72, 40), (5.0, 5.0, 12.0))
 GRIDS = {"native": ModelGrid(None), "working": ModelGrid((6.5, 6.0, 10.0), "piecewise")}
-FEW_TREES = ForestSettings("extra_trees", n_trees=16)
+FEW_TREES = ForestSettings("extra_trees", n_trees=20)
 SPLIT = Split(("p0", "p1"), test=("p2",))
 
 
@@ -63,7 +63,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(cases: Path, grid: ModelGrid, **changes: Any) -> Model:
-    recipe = Recipe(grid=grid, n_per_class=120, forest=FEW_TREES, split=SPLIT)
+    recipe = Recipe(grid=grid, n_per_class=150, forest=FEW_TREES, split=SPLIT)
     return train(cases, Block(9, levels=(1, 3)), replace(recipe, **changes))
 
 
@@ -79,7 +79,7 @@ def native(models: dict[str, Model]) -> Model:
 
 @pytest.fixture(scope="module")
 def unseen() -> Patient:
-    return patient(7)
+    return patient(9)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,11 @@ def test_an_unseen_patient_s_organs_are_found_where_they_are(
     assert result.labels.dtype == result.confidence.dtype == np.uint8
     assert result.classes == classes
     assert list(result.organs) == [classes.names[n] for n in classes.organs]
-    # Measured .87 to .91 (liver .66 to .69) and 1 to 15 mm; below that lies room for other versions
-    # of scikit-learn. The seed found a liver within 38 mm.
+    # Over five seeds .82 to .92, and at most 16 mm away. The seed found a liver within 38 mm.
     dice = dice_per_class(unseen.labels, result.labels, len(classes))
     truth = measure_organs(scan.orientation.working(unseen.labels), None, scan, classes)
     for name in ("lung_right", "lung_left", "liver"):
-        assert dice[classes.index(name)] > 0.5, name
+        assert dice[classes.index(name)] > 0.7, name
         found, true = result.organs[name], truth[name]
         assert found.present
         assert found.centroid_mm is not None
@@ -181,7 +180,7 @@ def test_a_model_from_a_file_segments_as_it_did_before(
 def test_training_again_gives_the_same_model_for_any_number_of_threads(
     native: Model, cases: Path
 ) -> None:
-    recipe = Recipe(grid=GRIDS["native"], n_per_class=120, forest=FEW_TREES, split=SPLIT)
+    recipe = Recipe(grid=GRIDS["native"], n_per_class=150, forest=FEW_TREES, split=SPLIT)
     again = train(find_cases(cases), Block(9, levels=(1, 3)), recipe, threads=2)
     assert again.digest == native.digest
     assert learn(cases, GRIDS["native"], seed=1).digest != native.digest
