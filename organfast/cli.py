@@ -208,6 +208,8 @@ def train(
     with _progress() as progress:
         model = learn(found, pattern, recipe, threads=threads, progress=progress)
     save_model(model, out)
+    for warning in model.training["warnings"]:
+        _complain(f"{dataset}: warning: {warning}")
     if as_json:
         _json({"model": str(out), "digest": model.digest, **_described(model)})
         return
