@@ -21,12 +21,12 @@ from organfast.anatomy import ClassTable
 from organfast.blocks import Block
 from organfast.grid import ModelGrid
 from organfast.layouts import write_case
+from organfast.learning import Recipe, train
 from organfast.models.classifier import save_model
 from organfast.models.forest import ForestSettings
 from organfast.nifti import write_volume
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
-from organfast.pipeline import Recipe, train
 from organfast.sampling import Split
 from organfast.volume import Volume
 

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from organfast.errors import InputError as InputError
     from organfast.grid import ModelGrid as ModelGrid
     from organfast.layouts import find_cases as find_cases
+    from organfast.learning import Recipe as Recipe
+    from organfast.learning import train as train
     from organfast.models.classifier import Model as Model
     from organfast.models.classifier import load_model as load_model
     from organfast.models.classifier import save_model as save_model
     from organfast.models.forest import ForestSettings as ForestSettings
     from organfast.organs import Organ as Organ
-    from organfast.pipeline import Recipe as Recipe
     from organfast.pipeline import Settings as Settings
     from organfast.pipeline import locate as locate
     from organfast.pipeline import segment as segment
     from organfast.pipeline import segment_many as segment_many
-    from organfast.pipeline import train as train
     from organfast.probability import enlarge as enlarge
     from organfast.results import Result as Result
     from organfast.sampling import Split as Split
@@ -45,7 +45,7 @@ _HOMES = {
     "Model": "organfast.models.classifier",
     "ModelGrid": "organfast.grid",
     "Organ": "organfast.organs",
-    "Recipe": "organfast.pipeline",
+    "Recipe": "organfast.learning",
     "Result": "organfast.results",
     "Settings": "organfast.pipeline",
     "Split": "organfast.sampling",
@@ -60,7 +60,7 @@ _HOMES = {
     "save_model": "organfast.models.classifier",
     "segment": "organfast.pipeline",
     "segment_many": "organfast.pipeline",
-    "train": "organfast.pipeline",
+    "train": "organfast.learning",
 }
 
 __version__ = version("organfast")

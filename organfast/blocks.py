@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.errors import is_whole
 from organfast.grid import MAX_WIDTH, BlockGrid, check_hu
 from organfast.kernels import gather as kernels
 
@@ -61,7 +62,7 @@ class Block:
         levels = tuple(self.levels) if isinstance(self.levels, (tuple, list)) else ()
         if (
             not levels
-            or not all(_is_int(w) and 1 <= w <= MAX_WIDTH for w in levels)
+            or not all(is_whole(w) and 1 <= w <= MAX_WIDTH for w in levels)
             or len(set(levels)) != len(levels)
         ):
             raise ValueError(
@@ -136,12 +137,8 @@ class Block:
         return Block(content["size"], content["levels"], content["slices"])
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _odd(name: str, value: int) -> int:
-    if not _is_int(value) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name} is {value!r}; give an odd number such as 1, 33 or 63")
     if value % 2 == 0:
         raise ValueError(
@@ -227,7 +224,7 @@ def block_views(array: NDArray[Any], size: int, stride: int | tuple[int, ...]) -
 def _block_grid(shape: tuple[int, ...], stride: int | tuple[int, ...]) -> BlockGrid:
     """The block grid of a slice (as a volume of one) or a volume."""
     missing = (1,) * (3 - len(shape))
-    if _is_int(stride):
+    if is_whole(stride):
         strides: tuple[int, ...] = (1, stride, stride)  # type: ignore[assignment]  # an int
     else:
         strides = missing + tuple(stride)  # type: ignore[arg-type]  # a tuple
@@ -302,7 +299,7 @@ def _scaling(window: tuple[float, float] | None) -> tuple[float, float, float, f
 
 def _positions(shape: tuple[int, ...], centres: int | NDArray[np.integer]) -> NDArray[np.int64]:
     """(n, 3) int64 (k, i, j), C-contiguous, inside the shape."""
-    if _is_int(centres):
+    if is_whole(centres):
         grid = _block_grid(shape, centres)  # type: ignore[arg-type]  # an int
         positions = np.empty((*grid.shape, 3), np.int64)
         for axis, along in enumerate(np.ix_(*grid.centres)):

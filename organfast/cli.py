@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from organfast.layouts import Dataset
     from organfast.models.classifier import Model
     from organfast.organs import Organ
-    from organfast.pipeline import Progress, Settings
+    from organfast.pipeline import Settings
+    from organfast.progress import Progress
     from organfast.results import Result
     from organfast.sampling import Split
 
@@ -186,10 +187,10 @@ def train(
     from organfast.blocks import Block
     from organfast.grid import ModelGrid
     from organfast.layouts import find_cases
+    from organfast.learning import Recipe
+    from organfast.learning import train as learn
     from organfast.models.classifier import save_model
     from organfast.models.forest import ForestSettings
-    from organfast.pipeline import Recipe
-    from organfast.pipeline import train as learn
     from organfast.results import check_file_target
 
     pattern = Block(block_size, levels=_integers("--levels", levels), slices=slices)

@@ -14,13 +14,15 @@ from organfast.anatomy import ClassTable
 from organfast.blocks import Block
 from organfast.errors import InputError
 from organfast.layouts import write_case
+from organfast.learning import Recipe, train
 from organfast.metrics import centroid_error_mm, dice_per_class
 from organfast.models.classifier import save_model
 from organfast.models.forest import ForestSettings
 from organfast.organs import measure_organs
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, PhantomCase, class_labels, cohort, phantom
-from organfast.pipeline import Progress, Recipe, Settings, segment, silent, train
+from organfast.pipeline import Settings, segment
+from organfast.progress import Progress, silent
 from organfast.results import Result
 
 __all__ = ["OrganScore", "run_demo"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from os import PathLike, fspath
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "is_whole"]
 
 
 class InputError(ValueError):
@@ -29,3 +30,21 @@ class InputError(ValueError):
     def __str__(self) -> str:
         line = f"{self.path}: {self.problem}; {self.remedy}"
         return " ".join(line.split())
+
+
+def is_whole(value: object, least: int | None = None) -> bool:
+    """Whether an argument is a whole number (no bool), and not below ``least``.
+
+    Parameters
+    ----------
+    value : object
+        Python's or NumPy's integer, or anything else.
+    least : int, optional
+        The smallest that will do.
+
+    >>> is_whole(3, 1), is_whole(0, 1), is_whole(True), is_whole(3.0)
+    (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return least is None or int(value) >= least

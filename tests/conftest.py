@@ -41,9 +41,9 @@ def model_file(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A model that finds most organs of such a scan, in a moment."""
     from organfast.blocks import Block
     from organfast.grid import ModelGrid
+    from organfast.learning import Recipe, train
     from organfast.models.classifier import save_model
     from organfast.models.forest import ForestSettings
-    from organfast.pipeline import Recipe, train
 
     recipe = Recipe(
         grid=ModelGrid(SPACING_MM, "piecewise"),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
-    ["errors"],
+    ["errors", "progress"],
     ["anatomy", "volume"],
     ["nifti", "layouts", "phantom", "torso", "painting"],
     ["grid", "body"],
@@ -21,7 +21,7 @@ COLUMNS = [
     ["models.classifier", "models.forest"],
     ["probability"],
     ["segmentation", "organs", "metrics", "overlay"],
-    ["results", "pipeline"],
+    ["results", "learning", "pipeline"],
     ["bench", "demo"],
     ["cli"],
 ]

@@ -22,6 +22,7 @@ from organfast.blocks import Block, gather_blocks
 from organfast.errors import InputError
 from organfast.grid import BlockGrid, ModelGrid, to_model_grid
 from organfast.layouts import case_labels, find_cases, write_case
+from organfast.learning import Recipe, train
 from organfast.metrics import centroid_error_mm, dice_per_class
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.models.forest import Forest, ForestSettings
@@ -29,7 +30,7 @@ from organfast.nifti import as_scan, read_geometry, read_labels, write_volume
 from organfast.organs import measure_organs, organs_json
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
-from organfast.pipeline import Recipe, Settings, locate, segment, segment_many, train
+from organfast.pipeline import Settings, locate, segment, segment_many
 from organfast.probability import Workers, probability_slabs
 from organfast.results import Result
 from organfast.sampling import Split

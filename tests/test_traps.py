@@ -24,10 +24,11 @@ from organfast.blocks import Block
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
 from organfast.layouts import find_cases, write_case
+from organfast.learning import Recipe, train
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.models.forest import ForestSettings
 from organfast.nifti import Geometry, write_labels, write_volume
-from organfast.pipeline import Recipe, Settings, segment, train
+from organfast.pipeline import Settings, segment
 from organfast.sampling import Split, split_patients
 from organfast.segmentation import Cleaning
 from organfast.volume import Volume

@@ -22,12 +22,13 @@ from organfast.anatomy import ClassTable
 from organfast.blocks import Block, gather_blocks
 from organfast.grid import GridVolume, ModelGrid, hu_lookup, levels_slab, to_model_grid
 from organfast.layouts import write_case
+from organfast.learning import Recipe, train
 from organfast.metrics import confusion
 from organfast.models.classifier import load_model, save_model
 from organfast.models.forest import Forest, ForestSettings, train_forest
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom, phantom_names
-from organfast.pipeline import Recipe, Settings, segment, train
+from organfast.pipeline import Settings, segment
 from organfast.probability import enlarge
 from organfast.segmentation import Cleaning, clean
 from organfast.volume import Volume

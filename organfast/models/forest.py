@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.errors import is_whole
 from organfast.grid import Pattern
 from organfast.kernels import forest as kernel
 
@@ -79,9 +80,9 @@ class ForestSettings:
             raise ValueError(f"forest kind {self.kind!r} is unknown; use {' or '.join(KINDS)}")
         for name, least in (("n_trees", 1), ("min_samples_leaf", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not _is_int(value) or not least <= value < 2**32:
+            if not is_whole(value) or not least <= value < 2**32:
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}")
-        if self.max_depth is not None and (not _is_int(self.max_depth) or self.max_depth < 1):
+        if self.max_depth is not None and (not is_whole(self.max_depth) or self.max_depth < 1):
             raise ValueError(f"max_depth is {self.max_depth!r}; give at least 1, or None")
         share = self.max_features
         is_share = isinstance(share, float) and 0 < share <= 1
@@ -119,7 +120,7 @@ class Forest:
     n_classes: int
 
     def __post_init__(self) -> None:
-        if not _is_int(self.n_classes) or not 1 <= self.n_classes <= MAX_CLASSES:
+        if not is_whole(self.n_classes) or not 1 <= self.n_classes <= MAX_CLASSES:
             raise ValueError(f"n_classes is {self.n_classes!r}; give 1 to {MAX_CLASSES}")
         for name, dtype, n_axes in (
             ("nodes", NODE, 1),
@@ -360,10 +361,6 @@ def train_forest(
     if progress:
         progress("training trees", settings.n_trees, settings.n_trees)
     return Forest.from_sklearn(estimator, pattern, n_classes)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 # --- from scikit-learn ----------------------------------------------------------------------------
