@@ -317,6 +317,72 @@ def test_integer_thresholds_part_voxels_as_float_ones(threshold: float, voxel: i
         assert (x <= whole) == (np.float32(x) <= np.float64(threshold))
 
 
+# --- merged labels --------------------------------------------------------------------------------
+
+MERGE = np.array([1, 0, 0, 2, 0, 0, 1])  # labels 0 and 6 are of one class, as are 2, 1, 4, 5
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_samples_leaf": 7}, {"max_depth": 2}])
+def test_shares_of_merged_labels_are_summed(limits) -> None:
+    pattern, model = PATTERNS["block"], estimator("block", **limits)
+    slab = room(pattern)
+    positions = places(slab, pattern, 700)
+    fine = asked(Forest.from_sklearn(model, pattern, N_CLASSES), slab, positions)
+    forest = Forest.from_sklearn(model, pattern, 4, MERGE)
+    found = asked(forest, slab, positions)
+    summed = np.stack([fine[:, c == MERGE].sum(axis=1) for c in range(4)], axis=1)
+    np.testing.assert_allclose(found, summed, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(
+        found,
+        naive.walk_forest(
+            forest.nodes, forest.tree_starts, forest.leaf_table, slab, forest.offsets, positions
+        ),
+    )
+
+
+def test_leaves_whose_labels_are_of_one_class_are_pure() -> None:
+    model = estimator("block", min_samples_leaf=7)
+    alike = Forest.from_sklearn(model, PATTERNS["block"], 3, np.full(N_CLASSES, 2))
+    assert len(alike.leaf_table) == 0
+    assert set(alike.nodes["left"][alike.nodes["left"] < 0]) == {~2}
+    mixed = Forest.from_sklearn(model, PATTERNS["block"], N_CLASSES)
+    same = Forest.from_sklearn(model, PATTERNS["block"], N_CLASSES, np.arange(N_CLASSES))
+    for name, array in mixed.arrays().items():
+        np.testing.assert_array_equal(same.arrays()[name], array)
+    partly = Forest.from_sklearn(model, PATTERNS["block"], 4, MERGE)
+    assert 0 < len(partly.leaf_table) < len(mixed.leaf_table)
+    assert (np.count_nonzero(partly.leaf_table, axis=1) > 1).all()
+
+
+def test_training_with_merged_labels() -> None:
+    x, y = samples()
+    chosen = ForestSettings(n_trees=5, min_samples_leaf=4)
+    forest = train_forest(x, y, chosen, PATTERNS["block"], 4, MERGE)
+    fine = train_forest(x, y, chosen, PATTERNS["block"], N_CLASSES)
+    slab = room(PATTERNS["block"])
+    positions = places(slab, PATTERNS["block"], 300)
+    summed = np.zeros((300, 4))
+    np.add.at(summed.T, MERGE, asked(fine, slab, positions).T)
+    np.testing.assert_allclose(asked(forest, slab, positions), summed, rtol=0, atol=1e-14)
+
+
+def test_a_merge_that_does_not_fit_is_refused() -> None:
+    x, y = samples(20)
+    pattern, chosen = PATTERNS["block"], ForestSettings(n_trees=1)
+    for merge, n_classes, message in (
+        (MERGE, 2, "classes 0 to 2; give 0 to 1"),
+        (MERGE - 1, 4, "classes -1 to 1"),
+        (MERGE[:3], 4, "from 0 to 2"),
+        (MERGE[:0], 4, r"\(0,\) int64"),
+        (MERGE[None], 4, r"\(1, 7\) int64"),
+        (MERGE.astype(float), 4, "float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_forest(x, y, chosen, pattern, n_classes, merge)
+    with pytest.raises(ValueError, match="labels up to 6, not 3"):
+        Forest.from_sklearn(estimator("block"), pattern, 4, MERGE[:3])
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -456,9 +522,19 @@ def test_an_estimator_that_does_not_fit_is_refused() -> None:
 
 
 def test_more_features_than_nodes_can_name_are_refused_in_words() -> None:
-    offsets = np.zeros((65_536, 4), np.int32)
+    offsets = np.zeros((65_537, 4), np.int32)
     leaf = np.array([(0, 0, ~0)], NODE)
     one_tree, no_rows = np.array([0, 1]), np.empty((0, 2))
     Forest(leaf, one_tree, no_rows, offsets[1:], 2)
-    with pytest.raises(ValueError, match="65536 features does not fit"):
+    with pytest.raises(ValueError, match="65537 features does not fit"):
         Forest(leaf, one_tree, no_rows, offsets, 2)
+
+
+def test_the_last_feature_a_node_can_name_is_read() -> None:
+    offsets = np.zeros((65_536, 4), np.int32)
+    offsets[-1, 3] = 1
+    tree = np.array([(7, 65_535, 1), (0, 0, ~0), (0, 0, ~1)], NODE)
+    forest = Forest(tree, np.array([0, 3]), np.empty((0, 2)), offsets, 2)
+    slab = np.array([[[[9, 7, 8, 0]]]], np.int16)
+    positions = np.array([(0, 0, j) for j in range(3)], np.int32)
+    np.testing.assert_array_equal(asked(forest, slab, positions), [(1, 0), (0, 1), (1, 0)])

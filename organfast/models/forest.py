@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Forest", "ForestSettings", "train_forest"]
 
 KINDS = ("random_forest", "extra_trees")
-MAX_FEATURES = 65_535
+MAX_FEATURES = 65_536
 MAX_REACH = 4096
 MAX_CLASSES = 65_535
 
@@ -141,7 +141,10 @@ class Forest:
 
     @staticmethod
     def from_sklearn(
-        estimator: RandomForestClassifier | ExtraTreesClassifier, pattern: Pattern, n_classes: int
+        estimator: RandomForestClassifier | ExtraTreesClassifier,
+        pattern: Pattern,
+        n_classes: int,
+        merge: NDArray[np.integer] | None = None,
     ) -> Forest:
         """Flatten a forest that scikit-learn has trained on a pattern's features.
 
@@ -154,6 +157,9 @@ class Forest:
             Where its features are read.
         n_classes : int
             Columns of the probabilities.
+        merge : (n_labels,) int, optional
+            The class of each label that the estimator knows. A leaf's share of a class is the sum
+            over its labels, in ascending order; a leaf of several labels of one class is pure.
 
         Raises
         ------
@@ -168,10 +174,12 @@ class Forest:
         labels = np.asarray(estimator.classes_)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise ValueError("the forest was not trained on one integer label per sample")
-        if labels.min() < 0 or labels.max() >= n_classes:
-            raise ValueError(f"the forest knows labels up to {labels.max()}, not {n_classes}")
+        _check_merge(merge, n_classes)
+        n_labels = n_classes if merge is None else len(merge)
+        if labels.min() < 0 or labels.max() >= n_labels:
+            raise ValueError(f"the forest knows labels up to {labels.max()}, not {n_labels}")
         trees = [e.tree_ for e in estimator.estimators_]
-        leaves = _Leaves(labels, n_classes)
+        leaves = _Leaves(labels if merge is None else merge[labels], n_classes)
         nodes = np.concatenate([_flatten(tree, leaves) for tree in trees])
         starts = np.cumsum([0, *(tree.node_count for tree in trees)], dtype=np.int64)
         table, row = np.unique(np.concatenate(leaves.rows), axis=0, return_inverse=True)
@@ -296,6 +304,7 @@ def train_forest(
     settings: ForestSettings,
     pattern: Pattern,
     n_classes: int,
+    merge: NDArray[np.integer] | None = None,
     *,
     threads: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
@@ -307,13 +316,15 @@ def train_forest(
     features : (n, n_features) float32
         Slab voxels at the pattern's offsets around n positions.
     labels : (n,) int
-        Their classes, 0 to ``n_classes - 1``.
+        Their classes, 0 to ``n_classes - 1``; with ``merge`` 0 to ``len(merge) - 1``.
     settings : ForestSettings
         Kind and size of the forest.
     pattern : Pattern
         Where the features were read.
     n_classes : int
         Classes of the model, with or without samples.
+    merge : (n_labels,) int, optional
+        The class of each label: the trees tell labels apart, the model sums their probabilities.
     threads : int
         Trees trained at once; the forest does not depend on it.
     progress : callable, optional
@@ -338,8 +349,10 @@ def train_forest(
         raise ValueError("no sample to train on; label at least one voxel")
     if not np.isfinite(features.sum(dtype=np.float64)):
         raise ValueError("features hold NaN or infinite values; give voxels")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(f"labels must be integers from 0 to {n_classes - 1}")
+    _check_merge(merge, n_classes)
+    n_labels = n_classes if merge is None else len(merge)
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_labels:
+        raise ValueError(f"labels must be integers from 0 to {n_labels - 1}")
     if threads < 1:
         raise ValueError(f"threads is {threads}; give at least 1")
     from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
@@ -360,7 +373,7 @@ def train_forest(
         estimator.fit(features, labels)
     if progress:
         progress("training trees", settings.n_trees, settings.n_trees)
-    return Forest.from_sklearn(estimator, pattern, n_classes)
+    return Forest.from_sklearn(estimator, pattern, n_classes, merge)
 
 
 # --- from scikit-learn ----------------------------------------------------------------------------
@@ -368,20 +381,24 @@ def train_forest(
 
 class _Leaves:
     """Codes of leaves; those that hold several classes, few unless depth or leaf size is limited,
-    are numbered as they come."""
+    are numbered as they come. ``classes``: the class of each label the estimator has seen."""
 
-    def __init__(self, labels: NDArray[np.integer], n_classes: int) -> None:
-        self.labels, self.n_classes = labels, n_classes
+    def __init__(self, classes: NDArray[np.integer], n_classes: int) -> None:
+        self.classes, self.n_classes = classes, n_classes
         self.rows = [np.empty((0, n_classes))]
         self._n_rows = 0
 
     def codes(self, shares: NDArray[np.float64]) -> NDArray[np.int64]:
-        """(n_leaves,) codes for (n_leaves, seen classes) shares."""
-        codes: NDArray[np.int64] = self.labels[shares.argmax(axis=1)].astype(np.int64)
-        is_mixed = (shares.max(axis=1) != 1) | (np.count_nonzero(shares, axis=1) != 1)
-        rows = np.zeros((np.count_nonzero(is_mixed), self.n_classes))
-        rows[:, self.labels] = shares[is_mixed]
-        codes[is_mixed] = self.n_classes + self._n_rows + np.arange(len(rows))
+        """(n_leaves,) codes for (n_leaves, seen labels) shares."""
+        codes: NDArray[np.int64] = self.classes[shares.argmax(axis=1)].astype(np.int64)
+        has_several = np.count_nonzero(shares, axis=1) != 1
+        candidates = np.flatnonzero(has_several | (shares.max(axis=1) != 1))
+        rows = np.zeros((len(candidates), self.n_classes))
+        for n, label_class in enumerate(self.classes):
+            rows[:, label_class] += shares[candidates, n]
+        merged = has_several[candidates] & (np.count_nonzero(rows, axis=1) == 1)
+        rows = rows[~merged]
+        codes[candidates[~merged]] = self.n_classes + self._n_rows + np.arange(len(rows))
         self.rows.append(rows)
         self._n_rows += len(rows)
         return codes
@@ -422,6 +439,17 @@ def _integer_thresholds(thresholds: NDArray[np.float64]) -> NDArray[np.int16]:
 
 
 # --- what must hold before the kernel runs --------------------------------------------------------
+
+
+def _check_merge(merge: NDArray[np.integer] | None, n_classes: int) -> None:
+    if merge is None:
+        return
+    if merge.ndim != 1 or merge.dtype.kind not in "iu" or len(merge) == 0:
+        raise ValueError(f"merge is {merge.shape} {merge.dtype}; give one integer per label")
+    if merge.min() < 0 or merge.max() >= n_classes:
+        raise ValueError(
+            f"merge leads to classes {merge.min()} to {merge.max()}; give 0 to {n_classes - 1}"
+        )
 
 
 def _check_offsets(offsets: NDArray[np.int32]) -> None:
