@@ -12,6 +12,9 @@ Three layouts are recognised; listing them reads file names and label tables, ne
 What the numbers of a label map mean stands in ``labels.csv`` (columns ``id,name``) or
 ``labels.json`` (id -> name or name -> id) beside it or in the dataset's folder. Without either they
 are the ids of TotalSegmentator v2.
+
+Cases are patients unless ``patients.csv`` (columns ``case,patient``) in the dataset's folder says
+which cases are scans of one person.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -43,9 +47,12 @@ __all__ = [
     "LabelMap",
     "Masks",
     "case_labels",
+    "check_classes",
     "dataset_classes",
+    "dataset_nuisance",
     "find_cases",
     "find_scans",
+    "lies_in",
     "write_case",
 ]
 
@@ -63,6 +70,40 @@ _MAX_ID = 65_535
 _CHUNK = 1 << 20
 # Writers round affines differently; a tenth of a voxel moves no label.
 _GRID_TOLERANCE = 0.1
+
+# Labelled apart, but of an organ: a vessel in the lung is lung to whoever segments lungs.
+_PART_OF = {
+    "lung_vessel_right": "lung_right",
+    "lung_vessel_left": "lung_left",
+    "liver_vessel": "liver",
+}
+# The rest of the inside has a label of its own where one of these has.
+_REST_OF_INSIDE = ("body_envelope", "thorax_abdomen", "trunk_fat")
+# Structures of the trunk's wall: bones, muscles, fat and skin around what the organs lie in.
+_WALL = (
+    *("skin", "subcutaneous_fat", "intermuscular_fat", "breast_*", "body_wall_muscle"),
+    *("autochthon_*", "gluteus_*", "iliacus_muscle_*", "quadratus_lumborum_muscle_*"),
+    *("rectus_abdominis_*", "rib_*", "costal_cartilages", "sternum", "clavicula_*", "scapula_*"),
+    *("humerus_*", "vertebrae_*", "intervertebral_discs", "spinal_cord", "sacrum", "hip_*"),
+    *("femur_*", "skull"),
+)
+# Names of what may hold an organ, and words for what may lie in one.
+_REGIONS = frozenset(
+    (
+        *("body", "body_trunc", "body_extremities", "trunk", "torso", "thorax", "chest", "abdomen"),
+        *("pelvis", "mediastinum", "thoracic_cavity", "abdominal_cavity", "thorax_abdomen"),
+        *("body_envelope", "soft_tissue", "muscle", "muscles", "skeletal_muscle", "bone", "bones"),
+        *("skeleton", "spine", "vessels", "organs", "glands", "rest", "other"),
+    )
+)
+_ANYWHERE = frozenset(
+    (
+        *("abscess", "calcification", "cancer", "carcinoma", "cyst", "haemorrhage", "hematoma"),
+        *("implant", "lesion", "metastasi", "metastase", "nodule", "stent", "stone", "tumor"),
+        *("tumour", "unknown", "ignore"),
+    )
+)
+_SIDES = frozenset(("left", "right"))
 
 NamesOf = Callable[[Path], Mapping[int, str]]
 
@@ -91,10 +132,10 @@ class LabelMap:
     def zero_is_background(self) -> bool:
         """Whether 0 is the outside of the body rather than all that has no label.
 
-        So it is only where the inside of the body has a label of its own.
+        So it is only where the rest of the inside of the body has a label of its own.
         """
-        context = {s.name for s in ClassTable.default().structures if s.role == "context"}
-        return self.names.get(0) == "background" and not context.isdisjoint(self.names.values())
+        rest = not set(_REST_OF_INSIDE).isdisjoint(self.names.values())
+        return rest and self.names.get(0) == "background"
 
 
 @dataclass(frozen=True)
@@ -177,9 +218,11 @@ class CaseLabels:
     Parameters
     ----------
     labels : (n_a, n_b, n_c) uint8 or uint16
-        Axes as stored by the image. A class of the table, or ``unlabelled``: nothing is said of
-        the voxel, or a structure that the table does not have. Outside the body such a voxel is
-        background, inside it the table's context class, if ``missing`` holds no organ.
+        Axes as stored by the image. A class of the table; from there on a structure beside the
+        table, see ``dataset_nuisance``; or one of two values that are neither. ``unlabelled``:
+        nothing is said of the voxel, or a structure that was not asked for. Outside the body such a
+        voxel is background, inside it the table's context class, if ``missing`` holds no organ.
+        ``doubtful``: it may or may not be an organ of the table (``kidney_cyst_left``).
     missing : frozenset of int
         Classes the case does not annotate: that they have no voxel means nothing. The background
         and the table's context class, which are what the others leave, are never among them.
@@ -196,12 +239,20 @@ class CaseLabels:
         """The value of voxels without a label: the greatest of the dtype, never a class."""
         return int(np.iinfo(self.labels.dtype).max)
 
+    @property
+    def doubtful(self) -> int:
+        """The value of voxels of which nothing can be learned: the greatest but one."""
+        return self.unlabelled - 1
+
 
 # --- finding --------------------------------------------------------------------------------------
 
 
 def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     """List the labelled scans of a folder.
+
+    Where its ``patients.csv`` names a case, the patient that stands beside it is whom the case
+    shows: all scans of one person stay on one side of every split.
 
     Parameters
     ----------
@@ -213,7 +264,7 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     Raises
     ------
     InputError
-        The folder cannot be listed, holds no labelled scan or several layouts, or a label table is
+        The folder cannot be listed, holds no labelled scan or several layouts, or a table is
         broken.
     ValueError
         The layout is unknown.
@@ -235,7 +286,7 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
             "give NAME.nii.gz with NAME_labels.nii.gz, sub-folders with ct.nii.gz and labels, "
             "or VISCERAL's file names",
         )
-    return datasets[0]
+    return _with_patients(datasets[0])
 
 
 def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
@@ -423,6 +474,34 @@ def _walk(folder: Path, depth: int) -> list[tuple[str, Path]]:
     return found
 
 
+# --- patients -------------------------------------------------------------------------------------
+
+
+def _with_patients(dataset: Dataset) -> Dataset:
+    """The dataset with the patients that its ``patients.csv`` names, if there is one."""
+    path = dataset.folder / "patients.csv"
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except FileNotFoundError:
+        return dataset
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(path, f"cannot be read ({error})", "give columns case,patient") from None
+    patient_of: dict[str, str] = {}
+    known = {*(case.name for case in dataset.cases), *dataset.skipped}
+    for row in rows:
+        case, patient = ((row.get(column) or "").strip() for column in ("case", "patient"))
+        if not case or not patient:
+            raise InputError(path, "has a row without case or patient", "give columns case,patient")
+        if patient_of.setdefault(case, patient) != patient:
+            raise InputError(path, f"gives {case} two patients", "leave one of them")
+        if case not in known:
+            raise InputError(path, f"names {case}, which is no case", "see `organfast info`")
+    cases = (
+        replace(case, patient=patient_of.get(case.name, case.patient)) for case in dataset.cases
+    )
+    return replace(dataset, cases=tuple(cases))
+
+
 # --- label tables ---------------------------------------------------------------------------------
 
 
@@ -517,6 +596,114 @@ def dataset_classes(dataset: Dataset) -> ClassTable:
     return ClassTable.from_names(dataset.structures)
 
 
+def check_classes(classes: ClassTable, dataset: Dataset) -> None:
+    """Raise ValueError when the table has an organ that no case of the dataset annotates.
+
+    Parameters
+    ----------
+    classes : ClassTable
+        What is to be learned.
+    dataset : Dataset
+        Of ``find_cases``.
+    """
+    kinds = {case.labels.annotated for case in dataset.cases}
+    for label in classes.organs:
+        s = classes.structures[label]
+        if not any(_is_annotated(s, names) for names in kinds):
+            raise ValueError(
+                f"names {s.name}, which no case of {dataset.folder} annotates; "
+                "leave it out, or use the names that `organfast info DATASET` lists"
+            )
+
+
+def dataset_nuisance(dataset: Dataset, classes: ClassTable) -> dict[str, int]:
+    """Structures that a dataset labels beside those of a class table: heart, bowel, bones, ...
+
+    A classifier that learns them one by one tells organs from them better than from one class of
+    everything else. They are context because of what they are, and stay so where a case does not
+    annotate every organ. Left out is whatever may hold an organ of the table (``abdomen``), be one
+    (``kidney``, of a side that is not said) or lie in one (``kidney_cyst_left``, ``tumour``).
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Of ``find_cases``.
+    classes : ClassTable
+        The classes of the model.
+
+    Returns
+    -------
+    dict of str to int
+        Name -> the class of the table that it lies in, by name: ``body_envelope`` for structures of
+        the trunk's wall where the table has that class, else the context class, or the background
+        where the table has none. Numbered ones are one: ``rib_left_1`` to ``12`` are ``rib_left``.
+        The n-th has the label ``len(classes) + n`` in :func:`case_labels`.
+    """
+    class_of = _class_of(classes)
+    groups = {
+        _group(name): lies_in(_named(name), classes)
+        for name in dataset.structures
+        if name not in class_of and not _is_region(name) and not _is_doubtful(name, classes)
+    }
+    return dict(sorted(groups.items()))
+
+
+def lies_in(name: str, classes: ClassTable) -> int:
+    """The class of a table that a structure lies in which the table does not have.
+
+    Parameters
+    ----------
+    name : str
+        The structure; TotalSegmentator's name where it has one.
+    classes : ClassTable
+        The table.
+
+    >>> classes = ClassTable.default()
+    >>> [classes.names[lies_in(name, classes)] for name in ("heart", "rib_left_3")]
+    ['thorax_abdomen', 'body_envelope']
+    """
+    if "body_envelope" in classes and any(fnmatchcase(name, wall) for wall in _WALL):
+        return classes.index("body_envelope")
+    return classes.context or 0
+
+
+def _named(name: str) -> str:
+    """The name that the default table gives a RadLex id; any other name as it is."""
+    if not name.isdecimal():
+        return name
+    return next((s.name for s in ClassTable.default().structures if str(s.radlex) == name), name)
+
+
+def _group(name: str) -> str:
+    return re.sub(r"_?\d+$", "", _named(name))
+
+
+def _is_region(name: str) -> bool:
+    """Whether the name says no more than that a voxel is somewhere in the body."""
+    return _named(name).lower() in _REGIONS
+
+
+def _is_doubtful(name: str, classes: ClassTable) -> bool:
+    """Whether a structure that is none of the table's may yet be, hold or lie in one of them."""
+    words = _words(_named(name))
+    if _named(name).isdecimal() or not words.isdisjoint(_ANYWHERE):
+        return True
+    for label in classes.organs:
+        s = classes.structures[label]
+        for known in (s.name, *s.totalsegmentator):
+            whole = _words(known)
+            sides = words & _SIDES, whole & _SIDES
+            if all(sides) and sides[0] != sides[1]:
+                continue
+            if words - _SIDES <= whole - _SIDES or whole - _SIDES <= words - _SIDES:
+                return True
+    return False
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(word.rstrip("s") for word in name.lower().split("_") if word)
+
+
 def _is_annotated(structure: Structure, names: frozenset[str]) -> bool:
     parts = structure.totalsegmentator
     whole = bool(parts) and names.issuperset(parts)
@@ -529,13 +716,18 @@ def _class_of(classes: ClassTable) -> dict[str, int]:
     for label, s in enumerate(classes.structures):
         for name in (*s.aliases, *s.totalsegmentator):
             known.setdefault(name, label)
+    for part, whole in _PART_OF.items():
+        if whole in classes:
+            known.setdefault(part, classes.index(whole))
     return known
 
 
 # --- labels of a case -----------------------------------------------------------------------------
 
 
-def case_labels(case: Case, classes: ClassTable, volume: Volume) -> CaseLabels:
+def case_labels(
+    case: Case, classes: ClassTable, volume: Volume, nuisance: Mapping[str, int] | None = None
+) -> CaseLabels:
     """Read the labels of a case as classes, on the grid of its image.
 
     Parameters
@@ -547,11 +739,13 @@ def case_labels(case: Case, classes: ClassTable, volume: Volume) -> CaseLabels:
         parts (the lobes of a lung) become their whole.
     volume : Volume
         The image of the case.
+    nuisance : mapping of str to int, optional
+        Of ``dataset_nuisance``: structures beside the table, to have labels of their own.
 
     Returns
     -------
     CaseLabels
-        uint8 up to 255 classes, uint16 beyond.
+        uint8 up to 254 labels, uint16 beyond.
 
     Raises
     ------
@@ -565,29 +759,57 @@ def case_labels(case: Case, classes: ClassTable, volume: Volume) -> CaseLabels:
         for label, s in enumerate(classes.structures)
         if label not in (0, classes.context) and not _is_annotated(s, annotated)
     )
-    dtype = np.dtype(np.uint8 if len(classes) <= np.iinfo(np.uint8).max else np.uint16)
+    label_of = _labels_of(annotated, classes, nuisance or {})
     if isinstance(case.labels, LabelMap):
-        return CaseLabels(_from_label_map(case.labels, classes, volume, dtype), missing)
-    labels, warnings = _from_masks(case.labels, classes, volume, dtype)
+        return CaseLabels(_from_label_map(case.labels, label_of, volume), missing)
+    labels, warnings = _from_masks(case.labels, label_of, classes, volume)
     return CaseLabels(labels, missing, warnings)
 
 
-def _from_label_map(
-    label_map: LabelMap, classes: ClassTable, volume: Volume, dtype: np.dtype[Any]
-) -> NDArray[Any]:
+@dataclass(frozen=True)
+class _Labels:
+    """What each name of a case becomes, in which dtype; a name that is not here is unlabelled."""
+
+    by_name: Mapping[str, int]
+    dtype: np.dtype[Any]
+
+    unlabelled: int
+
+
+def _labels_of(
+    annotated: frozenset[str], classes: ClassTable, nuisance: Mapping[str, int]
+) -> _Labels:
+    n_labels = len(classes) + len(nuisance)
+    dtype = np.uint8 if n_labels < np.iinfo(np.uint8).max else np.uint16
+    unlabelled = int(np.iinfo(dtype).max)
+    fine = {name: len(classes) + n for n, name in enumerate(nuisance)}
+    class_of = _class_of(classes)
+    by_name = {}
+    for name in annotated:
+        if name in class_of:
+            by_name[name] = class_of[name]
+        elif _is_region(name):
+            continue
+        elif _is_doubtful(name, classes):
+            by_name[name] = unlabelled - 1
+        elif _group(name) in fine:
+            by_name[name] = fine[_group(name)]
+    return _Labels(by_name, np.dtype(dtype), unlabelled)
+
+
+def _from_label_map(label_map: LabelMap, label_of: _Labels, volume: Volume) -> NDArray[Any]:
     stored = _read_on_grid(label_map.path, volume)
     n_ids = np.iinfo(stored.dtype).max + 1
-    class_of = _class_of(classes)
-    table = np.full(n_ids, np.iinfo(dtype).max, dtype)
+    table = np.full(n_ids, label_of.unlabelled, label_of.dtype)
     named = np.zeros(n_ids, bool)
     named[0] = True
     for number, name in label_map.names.items():
         if number < n_ids:
-            table[number] = class_of.get(name, table[number])
+            table[number] = label_of.by_name.get(name, label_of.unlabelled)
             named[number] = True
-    table[0] = 0 if label_map.zero_is_background else np.iinfo(dtype).max
+    table[0] = 0 if label_map.zero_is_background else label_of.unlabelled
 
-    labels = np.empty_like(stored, dtype)
+    labels = np.empty_like(stored, label_of.dtype)
     counts = np.zeros(n_ids, np.int64)
     n_slices = max(1, _CHUNK // stored[:, :, 0].size)
     for k in range(0, stored.shape[2], n_slices):
@@ -607,24 +829,26 @@ def _from_label_map(
 
 
 def _from_masks(
-    masks: Masks, classes: ClassTable, volume: Volume, dtype: np.dtype[Any]
+    masks: Masks, label_of: _Labels, classes: ClassTable, volume: Volume
 ) -> tuple[NDArray[Any], tuple[str, ...]]:
-    class_of = _class_of(classes)
-    unlabelled = np.iinfo(dtype).max
-    labels = np.full(volume.hu.shape, unlabelled, dtype, order="F")
+    labels = np.full(volume.hu.shape, label_of.unlabelled, label_of.dtype, order="F")
     warnings = []
     wanted = sorted(
-        (class_of[name], path) for name, path in masks.paths.items() if name in class_of
+        (label_of.by_name[name], path)
+        for name, path in masks.paths.items()
+        if name in label_of.by_name
     )
-    for label, path in wanted:
+    # What is beside the table comes first, so that it never takes a voxel of an organ.
+    n_classes = len(classes)
+    for label, path in sorted(wanted, key=lambda mask: mask[0] < n_classes):
         inside = _read_mask(path, volume)
         taken = labels[inside]
-        n_taken = np.count_nonzero((taken != unlabelled) & (taken != label))
+        n_taken = np.count_nonzero((taken < n_classes) & (taken != label))
         if n_taken:
             name = classes.structures[label].name
             warnings.append(f"{path.name}: {n_taken} voxels had another label; {name} wins")
         labels[inside] = label
-    if (labels == unlabelled).all():
+    if (labels == label_of.unlabelled).all():
         others = set(masks.paths.values()) - {path for _, path in wanted}
         if not any(_read_mask(path, volume).any() for path in sorted(others)):
             raise _nothing_labelled(next(iter(masks.paths.values())).parent)

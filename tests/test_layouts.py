@@ -20,12 +20,16 @@ from organfast.layouts import (
     LabelMap,
     Masks,
     case_labels,
+    check_classes,
     dataset_classes,
+    dataset_nuisance,
     find_cases,
     find_scans,
+    lies_in,
     write_case,
 )
 from organfast.nifti import Geometry, read_volume, write_labels, write_volume
+from organfast.torso import STRUCTURES
 from organfast.volume import Volume
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -315,6 +319,155 @@ def test_a_dataset_of_other_structures_has_classes_of_its_own(tmp_path: Path) ->
     assert classes["femur_left"].mirror == "femur_right"
 
 
+def test_a_table_of_what_nobody_annotates_is_refused(tmp_path: Path) -> None:
+    for case, name in (("s1", "lung_upper_lobe_left"), ("s2", "lung_lower_lobe_left")):
+        for file in (f"{case}/ct", f"{case}/segmentations/{name}", f"{case}/segmentations/liver"):
+            path = tmp_path / f"{file}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    dataset = find_cases(tmp_path)
+    check_classes(ClassTable.from_names(["liver"]), dataset)
+    with pytest.raises(ValueError, match=r"names livre, which no case of .* annotates; leave"):
+        check_classes(ClassTable.from_names(["liver", "livre"]), dataset)
+    with pytest.raises(ValueError, match="names lung_left"):  # half a lung in each case
+        check_classes(DEFAULT.keep(["liver", "lung_left"]), dataset)
+
+
+# --- structures beside the table ------------------------------------------------------------------
+
+
+def _nuisance_of(tmp_path: Path, names: list[str], classes: ClassTable) -> dict[str, str]:
+    masks = tmp_path / "s1" / "segmentations"
+    masks.mkdir(parents=True)
+    (tmp_path / "s1" / "ct.nii.gz").touch()
+    for name in names:
+        (masks / f"{name}.nii.gz").touch()
+    found = dataset_nuisance(find_cases(tmp_path), classes)
+    return {name: classes.names[label] for name, label in found.items()}
+
+
+def test_what_a_table_does_not_name_is_context_by_its_name(tmp_path: Path) -> None:
+    names = ["liver", "heart", "rib_left_1", "rib_left_12", "vertebrae_L1", "vertebrae_L2", "86"]
+    names += ["lung_vessel_left", "liver_vessel"]
+    expected = {
+        "heart": "thorax_abdomen",
+        "rib_left": "body_envelope",
+        "vertebrae_L": "body_envelope",
+    }
+    assert _nuisance_of(tmp_path / "a", names, DEFAULT) == expected
+    # A table of the liver alone: the spleen, by its RadLex id, and the other organs are beside it.
+    liver = ClassTable.from_names(["liver"])
+    beside = ["heart", "lung_vessel_left", "rib_left", "spleen", "vertebrae_L"]
+    assert _nuisance_of(tmp_path / "b", names, liver) == dict.fromkeys(beside, "thorax_abdomen")
+    bare = ClassTable(tuple(s for s in liver.structures if s.role != "context"))
+    assert set(_nuisance_of(tmp_path / "c", names, bare).values()) == {"background"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("abdomen", "body", "Bones", "muscle", "thorax_abdomen"),  # may hold an organ
+        *("kidney", "lung", "right_kidney", "bladder", "vertebrae", "lungs"),  # may be one
+        *("kidney_cyst_left", "liver_segment_4", "lung_vessels", "tumour", "lesions"),  # in one
+        *("99999", "left"),
+    ],
+)
+def test_what_may_be_an_organ_is_no_nuisance(tmp_path: Path, name: str) -> None:
+    classes = DEFAULT.keep([n for n in DEFAULT.names if n not in ("thorax_abdomen", "aorta")])
+    assert _nuisance_of(tmp_path, ["liver", name], classes) == {}
+
+
+def test_the_other_side_is_no_doubt(tmp_path: Path) -> None:
+    classes = ClassTable.from_names(["kidney_left"])
+    names = ["kidney_left", "kidney_right", "kidney_cyst_right", "psoas_minor_left"]
+    assert set(_nuisance_of(tmp_path, names, classes)) == set(names[1:3]) - {
+        "kidney_cyst_right"
+    } | {"psoas_minor_left"}
+
+
+def test_the_wall_of_the_trunk_is_the_phantoms() -> None:
+    """One rule for painted cohorts that come with their classes and with all their labels."""
+    wall = {name for name in STRUCTURES if lies_in(name, DEFAULT) == DEFAULT.index("body_envelope")}
+    assert wall == {name for name, (_, place) in STRUCTURES.items() if place == "wall"}
+    scheme = {n for n in IDS if lies_in(n, DEFAULT) == DEFAULT.index("body_envelope")}
+    assert {"gluteus_minimus_left", "skull", "vertebrae_C1", "rib_right_12"} <= scheme
+    assert not {"heart", "colon", "brain", "esophagus", "liver", "iliac_vena_left"} & scheme
+
+
+@pytest.mark.parametrize("kind", ["label map", "masks"])
+def test_nuisance_gets_labels_after_the_classes(tmp_path: Path, kind: str) -> None:
+    names = ["liver", "heart", "rib_left_1", "rib_left_2", "kidney_cyst_left", "abdomen"]
+    stored = sum((n + 1) * box(n, n + 1).astype(np.uint8) for n in range(6))
+    if kind == "masks":
+        put_masks(tmp_path, {name: stored == n for n, name in enumerate(names, 1)})
+        form: LabelMap | Masks = Masks({name: tmp_path / f"{name}.nii.gz" for name in names})
+    else:
+        form = LabelMap(put_labels(tmp_path / "l.nii.gz", stored), dict(enumerate(names, 1)))
+    case = _case(tmp_path, form)
+    found = case_labels(case, DEFAULT, volume_of(), {"heart": 2, "rib_left": 1})
+    by_slice = [DEFAULT.index("liver"), 23, 24, 24, found.doubtful, found.unlabelled]
+    np.testing.assert_array_equal(found.labels, np.broadcast_to(by_slice, SHAPE))
+    coarse = case_labels(case, DEFAULT, volume_of())
+    by_slice[1:4] = [coarse.unlabelled] * 3
+    np.testing.assert_array_equal(coarse.labels, np.broadcast_to(by_slice, SHAPE))
+    assert coarse.missing == found.missing
+
+
+def test_a_mask_beside_the_table_never_takes_a_voxel_of_an_organ(tmp_path: Path) -> None:
+    masks = {"liver": box(2, 4), "heart": box(0, 5), "liver_cyst": box(3, 6)}
+    put_masks(tmp_path, masks)
+    case = _case(tmp_path, Masks({name: tmp_path / f"{name}.nii.gz" for name in masks}))
+    found = case_labels(case, DEFAULT, volume_of(), {"heart": 2})
+    liver, beyond = DEFAULT.index("liver"), found.doubtful
+    by_slice = [23, 23, liver, liver, beyond, beyond]
+    np.testing.assert_array_equal(found.labels, np.broadcast_to(by_slice, SHAPE))
+    assert found.warnings == ()
+
+
+def test_more_labels_than_a_byte_holds(tmp_path: Path) -> None:
+    names = [f"vein_{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(300)]
+    path = put_labels(tmp_path / "l.nii.gz", box(0, 1) * 1 + box(1, 2) * 300)
+    case = _case(tmp_path, LabelMap(path, dict(enumerate(names, 1))))
+    found = case_labels(case, DEFAULT, volume_of(), dict.fromkeys(names, 2))
+    assert found.labels.dtype == np.uint16
+    np.testing.assert_array_equal(found.labels[0, 0, :3], [23, 322, 65_535])
+
+
+# --- patients -------------------------------------------------------------------------------------
+
+
+def test_cases_of_one_person_stay_together(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.nii.gz").touch()
+        (tmp_path / f"{name}_labels.nii.gz").touch()
+    (tmp_path / "alone.nii.gz").touch()
+    (tmp_path / "patients.csv").write_text("patient,case\r\np1,a\r\np1, c\r\np2,alone\r\n")
+    dataset = find_cases(tmp_path)
+    assert [(case.name, case.patient) for case in dataset.cases] == [
+        *(("a", "p1"), ("b", "b"), ("c", "p1"))
+    ]
+    assert dataset.patients == ("b", "p1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("case,patient\nz,p1\n", "names z, which is no case"),
+        ("case,patient\na,p1\na,p2\n", "gives a two patients"),
+        ("case,patient\na,\n", "a row without case or patient"),
+        ("scan;person\na;p1\n", "a row without case or patient"),
+        ("\x00\udcff", "cannot be read"),
+    ],
+)
+def test_a_bad_list_of_patients_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    for name in ("a", "a_labels"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "patients.csv").write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError) as caught:
+        find_cases(tmp_path)
+    assert words in one_line(caught.value, tmp_path / "patients.csv")
+
+
 # --- labels of a case -----------------------------------------------------------------------------
 
 
@@ -386,6 +539,7 @@ def test_a_mask_of_255_is_a_mask(tmp_path: Path) -> None:
     [
         ({0: "background", 1: "liver", 2: "thorax_abdomen"}, 0),
         ({0: "background", 1: "liver", 2: "spleen"}, 255),
+        ({0: "background", 1: "liver", 2: "trunk_fat"}, 0),
         ({1: "liver", 2: "thorax_abdomen"}, 255),
     ],
 )
@@ -395,7 +549,7 @@ def test_zero_is_background_only_where_the_inside_of_the_body_is_labelled(
     path = put_labels(tmp_path / "l.nii.gz", box(0, 2) * 1 + box(2, 3) * 2)
     found = case_labels(_case(tmp_path, LabelMap(path, names)), DEFAULT, volume_of())
     assert set(np.unique(found.labels[:, :, 3:])) == {zero}
-    assert found.labels[0, 0, 2] == DEFAULT.index(names[2])
+    assert found.labels[0, 0, 2] == (DEFAULT.index(names[2]) if names[2] in DEFAULT else 255)
 
 
 def test_structures_find_their_class_in_a_table_of_ones_own(tmp_path: Path) -> None:
@@ -412,7 +566,7 @@ def test_structures_find_their_class_in_a_table_of_ones_own(tmp_path: Path) -> N
     assert found.missing == frozenset(range(1, 299)) - {3}
 
 
-@pytest.mark.parametrize(("n_classes", "dtype"), [(255, np.uint8), (256, np.uint16)])
+@pytest.mark.parametrize(("n_classes", "dtype"), [(254, np.uint8), (255, np.uint16)])
 def test_unlabelled_is_never_a_class(tmp_path: Path, n_classes: int, dtype: type) -> None:
     rows = [Structure("background", "background")]
     classes = ClassTable((*rows, *(Structure(f"part_{n}") for n in range(1, n_classes))))
@@ -420,7 +574,7 @@ def test_unlabelled_is_never_a_class(tmp_path: Path, n_classes: int, dtype: type
     case = _case(tmp_path, LabelMap(path, {1: f"part_{n_classes - 1}"}))
     found = case_labels(case, classes, volume_of())
     assert found.labels.dtype == dtype
-    assert found.unlabelled >= n_classes
+    assert found.unlabelled > found.doubtful >= n_classes
     assert found.labels[0, 0, 0] == n_classes - 1
 
 
