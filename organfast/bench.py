@@ -398,7 +398,8 @@ def forest_case(size: int, stride: int, n_trees: int = 100, n_per_class: int = 4
         Training blocks per class.
     """
     from organfast.blocks import Block, gather_blocks
-    from organfast.grid import BlockGrid, GridVolume, levels_slab
+    from organfast.grid import BlockGrid, GridVolume
+    from organfast.levels import levels_slab
     from organfast.models.forest import Forest
 
     pattern = Block(size)

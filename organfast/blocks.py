@@ -17,19 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.errors import is_whole
-from organfast.grid import MAX_WIDTH, BlockGrid, check_hu
+from organfast.grid import FINEST_MM, BlockGrid, check_hu
 from organfast.kernels import gather as kernels
+from organfast.levels import MAX_BOX, MAX_WIDTH
 
 __all__ = [
     "Block",
     "BlockGrid",
+    "Context",
     "block_views",
     "gather_blocks",
     "gather_features",
     "pattern_from_dict",
 ]
 
-MAX_FEATURES = 65535
+MAX_FEATURES = 65_536
+MOST_REACH_MM = 1000.0
+PEAK = 1.0
+"""How much denser a context's offsets lie near the position; 1 is uniform."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Block:
     Raises
     ------
     ValueError
-        A parameter is out of range, or the block has more than 65,535 features.
+        A parameter is out of range, or the block has more than 65,536 features.
     """
 
     size: int = 33
@@ -59,20 +64,10 @@ class Block:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", _odd("block size", self.size))
         object.__setattr__(self, "slices", _odd("slices", self.slices))
-        levels = tuple(self.levels) if isinstance(self.levels, (tuple, list)) else ()
-        if (
-            not levels
-            or not all(is_whole(w) and 1 <= w <= MAX_WIDTH for w in levels)
-            or len(set(levels)) != len(levels)
-        ):
-            raise ValueError(
-                f"levels is {self.levels!r}; give different widths from 1 to {MAX_WIDTH}, "
-                "such as (1, 9)"
-            )
-        object.__setattr__(self, "levels", tuple(int(w) for w in levels))
+        object.__setattr__(self, "levels", _widths("levels", self.levels))
         if self.n_features > MAX_FEATURES:
             raise ValueError(
-                f"a block of size {self.size} with {len(levels)} level(s) and {self.slices} "
+                f"a block of size {self.size} with {len(self.levels)} level(s) and {self.slices} "
                 f"slice(s) has {self.n_features} features; the forest's nodes hold {MAX_FEATURES}: "
                 "use a smaller size, fewer levels or fewer slices"
             )
@@ -86,6 +81,11 @@ class Block:
     def widths(self) -> tuple[int, ...]:
         """Box width of each level, voxels."""
         return self.levels
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Box height of each level: a block averages within the slice."""
+        return (1,) * len(self.levels)
 
     @property
     def reach(self) -> tuple[int, int, int]:
@@ -132,9 +132,152 @@ class Block:
         """
         if not isinstance(content, Mapping) or set(content) != {"kind", "size", "levels", "slices"}:
             raise ValueError("a block is described by kind, size, levels and slices")
-        if content["kind"] != "block":
-            raise ValueError(f"pattern kind is {content['kind']!r}; this version reads 'block'")
         return Block(content["size"], content["levels"], content["slices"])
+
+
+@dataclass(frozen=True)
+class Context:
+    """Averages of boxes scattered far around a position: what few scans teach most from.
+
+    After Criminisi et al. (2013, Medical Image Analysis 17(8), section 3), who compare the means of
+    displaced boxes; here each feature is one mean. A box of level ``w`` is ``w`` voxels wide and
+    about as high in mm. Offsets are denser near the position: their distance along each axis is
+    the reach times a uniform number to the power of ``PEAK``.
+
+    Parameters
+    ----------
+    n : int
+        Features.
+    widths : tuple of int
+        Box widths, voxels of the working grid; each feature reads one of them, at random.
+    reach_mm : (x, y, z) float
+        Largest offset along columns, rows and slices.
+    seed : int
+        Seed of the offsets.
+    spacing_mm : (x, y, z) float
+        The working grid that the offsets are for.
+
+    Raises
+    ------
+    ValueError
+        A parameter is out of range.
+    """
+
+    n: int = 700
+    widths: tuple[int, ...] = (1, 3, 7, 13, 25)
+    reach_mm: tuple[float, float, float] = (165.0, 165.0, 120.0)
+    seed: int = 0
+    spacing_mm: tuple[float, float, float] = (1.5, 1.5, 3.0)
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.n, 1) or self.n > MAX_FEATURES:
+            raise ValueError(f"n is {self.n!r}; give 1 to {MAX_FEATURES} features")
+        if not is_whole(self.seed, 0) or self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed!r}; give a whole number from 0 to 2^32 - 1")
+        object.__setattr__(self, "widths", _widths("widths", self.widths))
+        for name, least in (("reach_mm", 0.0), ("spacing_mm", FINEST_MM)):
+            given = getattr(self, name)
+            lengths = tuple(given) if isinstance(given, (tuple, list)) else ()
+            if len(lengths) != 3 or not all(
+                isinstance(mm, (int, float)) and least <= mm <= MOST_REACH_MM for mm in lengths
+            ):
+                raise ValueError(
+                    f"{name} is {given!r}; give three lengths (x, y, z) from {least:g} to "
+                    f"{MOST_REACH_MM:g} mm"
+                )
+            object.__setattr__(self, name, tuple(float(mm) for mm in lengths))
+        for width, depth in zip(self.widths, self.depths, strict=True):
+            if depth > MAX_WIDTH or width * width * depth > MAX_BOX:
+                raise ValueError(
+                    f"a box {width} voxels wide and {depth} slices high is too large; use a "
+                    "narrower one"
+                )
+        if np.prod([2 * r + 1.0 for r in self._reach]) * len(self.widths) < 2 * self.n:
+            raise ValueError(f"reach_mm is {self.reach_mm}; too near for {self.n} features")
+
+    @property
+    def n_features(self) -> int:
+        """Reads per position."""
+        return self.n
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Box height of each level, slices: odd, and as near to the width in mm as that allows."""
+        x, y, z = self.spacing_mm
+        in_slices = (x + y) / 2 / z
+        return tuple(2 * round((w * in_slices - 1) / 2) + 1 if w > 1 else 1 for w in self.widths)
+
+    @property
+    def _reach(self) -> tuple[int, int, int]:
+        x, y, z = (int(r / s) for r, s in zip(self.reach_mm, self.spacing_mm, strict=True))
+        return z, y, x
+
+    @cached_property
+    def reach(self) -> tuple[int, int, int]:
+        """Largest |offset| along (k, i, j)."""
+        k, i, j = (int(most) for most in np.abs(self.offsets[:, 1:]).max(axis=0))
+        return k, i, j
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int32]:
+        """(n_features, 4) int32: (level index, dk, di, dj), all different."""
+        # RandomState: its numbers are promised to stay the same in every version of NumPy.
+        random = np.random.RandomState(self.seed)
+        chosen: dict[tuple[int, ...], None] = {}
+        while len(chosen) < self.n:
+            level, *along = random.random_sample(4).tolist()
+            signed = [2 * u - 1 for u in along]
+            offset = (
+                round(math.copysign(abs(u) ** PEAK, u) * r)
+                for u, r in zip(signed, self._reach, strict=True)
+            )
+            chosen.setdefault((int(level * len(self.widths)), *offset))
+        offsets = np.array(list(chosen), np.int32)
+        offsets.flags.writeable = False
+        return offsets
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        return {
+            "kind": "context",
+            "n": self.n,
+            "widths": list(self.widths),
+            "reach_mm": list(self.reach_mm),
+            "seed": self.seed,
+            "spacing_mm": list(self.spacing_mm),
+        }
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Context:
+        """The context that :meth:`to_dict` described.
+
+        Parameters
+        ----------
+        content : mapping
+            As read from JSON.
+
+        Raises
+        ------
+        ValueError
+            The content, which may come from a tampered file, describes no context.
+        """
+        fields = ("n", "widths", "reach_mm", "seed", "spacing_mm")
+        if not isinstance(content, Mapping) or set(content) != {"kind", *fields}:
+            raise ValueError(f"a context is described by kind, {', '.join(fields)}")
+        return Context(*(content[name] for name in fields))
+
+
+def _widths(name: str, given: Any) -> tuple[int, ...]:
+    widths = tuple(given) if isinstance(given, (tuple, list)) else ()
+    if (
+        not widths
+        or not all(is_whole(w, 1) and w <= MAX_WIDTH for w in widths)
+        or len(set(widths)) != len(widths)
+    ):
+        raise ValueError(
+            f"{name} is {given!r}; give different widths from 1 to {MAX_WIDTH}, such as (1, 9)"
+        )
+    return tuple(int(w) for w in widths)
 
 
 def _odd(name: str, value: int) -> int:
@@ -147,7 +290,7 @@ def _odd(name: str, value: int) -> int:
     return int(value)
 
 
-def pattern_from_dict(content: Mapping[str, Any]) -> Block:
+def pattern_from_dict(content: Mapping[str, Any]) -> Block | Context:
     """The pattern whose ``to_dict`` gave this, checked as if it came from a tampered file.
 
     Parameters
@@ -157,7 +300,7 @@ def pattern_from_dict(content: Mapping[str, Any]) -> Block:
 
     Returns
     -------
-    Block
+    Block or Context
 
     Raises
     ------
@@ -166,8 +309,15 @@ def pattern_from_dict(content: Mapping[str, Any]) -> Block:
 
     >>> pattern_from_dict(Block(63).to_dict()) == Block(63)
     True
+    >>> pattern_from_dict(Context(seed=5).to_dict()) == Context(seed=5)
+    True
     """
-    return Block.from_dict(content)
+    kind = content.get("kind") if isinstance(content, Mapping) else None
+    if kind == "block":
+        return Block.from_dict(content)
+    if kind == "context":
+        return Context.from_dict(content)
+    raise ValueError(f"pattern kind is {kind!r}; this version reads 'block' and 'context'")
 
 
 def block_views(array: NDArray[Any], size: int, stride: int | tuple[int, ...]) -> NDArray[Any]:

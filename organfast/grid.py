@@ -1,10 +1,9 @@
-"""The model's working grid: where its voxels lie, what HU become on it, and its box averages.
+"""The model's working grid: where its voxels lie, and what HU become on it.
 
 ::
 
-    scan voxels --(HU table, anti-aliased resampling)--> GridVolume --(levels_slab)--> what is read
-    native: the scan's own pixels, no copy                          air beyond the sides,
-                                                                    end slices repeated
+    scan voxels --(HU table, anti-aliased resampling)--> GridVolume --(levels.py)--> what is read
+    native: the scan's own pixels, no copy
 
 Axis order is (k, i, j) everywhere but in ``ModelGrid.spacing_mm``, which a user gives as (x, y, z).
 """
@@ -21,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.kernels.levels import box_level, plane_level
 from organfast.kernels.resample import slice_resampled, slices_blended
 from organfast.volume import AIR_HU, Volume
 
@@ -32,7 +30,6 @@ __all__ = [
     "ModelGrid",
     "Pattern",
     "hu_lookup",
-    "levels_slab",
     "resample_labels",
     "to_model_grid",
 ]
@@ -40,9 +37,6 @@ __all__ = [
 HU_TABLES = ("identity", "piecewise")
 FINEST_MM, COARSEST_MM = 0.1, 100.0
 MOST_VOXELS = 2**31
-MAX_WIDTH = 127
-"""Widest box of a level: its sums stay below 2^31."""
-
 Taps = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Along one axis: first input voxel (n_out,) and weights (n_taps, n_out) of each output voxel."""
 
@@ -56,7 +50,11 @@ class Pattern(Protocol):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Box width of each level, voxels."""
+        """Box width of each level in the slice, voxels."""
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Box height of each level, slices; 1 averages within the slice."""
 
     @property
     def reach(self) -> tuple[int, int, int]:
@@ -455,92 +453,6 @@ def resample_labels(
         )
     ]
     return labels[np.ix_(*nearest)]
-
-
-def levels_slab(
-    grid_volume: GridVolume,
-    pattern: Pattern,
-    k0: int,
-    k1: int,
-    out: NDArray[np.int16] | None = None,
-) -> NDArray[np.int16]:
-    """Levels of slices k0 .. k1 - 1, padded by what the pattern reaches.
-
-    Level w holds at (r, c) the average of ``[r - w // 2, r - w // 2 + w)`` x the same columns,
-    rounded half up; w = 1 is the voxels themselves. ::
-
-        slices   k0 k0 k0 | k0 .. k1-1 | k1-1     where k0 is the first slice of the volume,
-                                                  k1 - 1 the last; real neighbours elsewhere
-        sides    air, through the table; boxes that stick out average it in
-
-    Parameters
-    ----------
-    grid_volume : GridVolume
-        The scan on the model grid.
-    pattern : Pattern
-        What will be read: its ``widths`` and ``reach`` (pk, pr, pc).
-    k0 : int
-        First slice.
-    k1 : int
-        One beyond the last slice: ``0 <= k0 < k1 <= K``.
-    out : (L, k1 - k0 + 2 pk, R + 2 pr, C + 2 pc) int16, optional
-        C-contiguous buffer to write and return.
-
-    Returns
-    -------
-    (L, k1 - k0 + 2 pk, R + 2 pr, C + 2 pc) int16
-        C-contiguous. Voxel (k, i, j) of the volume is at ``[:, k - k0 + pk, i + pr, j + pc]``.
-
-    Raises
-    ------
-    ValueError
-        The slices are not in the volume, a width is not 1 to 127, or ``out`` does not fit.
-    """
-    n_k, n_r, n_c = grid_volume.shape
-    if not all(1 <= width <= MAX_WIDTH for width in pattern.widths):
-        raise ValueError(f"widths is {pattern.widths}; levels have widths from 1 to {MAX_WIDTH}")
-    if not 0 <= k0 < k1 <= n_k:
-        raise ValueError(f"slices {k0} to {k1} are not in a volume of {n_k} slices")
-    pk, pr, pc = pattern.reach
-    shape = (len(pattern.widths), k1 - k0 + 2 * pk, n_r + 2 * pr, n_c + 2 * pc)
-    slab = np.empty(shape, np.int16) if out is None else out
-    if slab.shape != shape or slab.dtype != np.int16 or not slab.flags.c_contiguous:
-        raise ValueError(
-            f"out is {slab.dtype} of shape {slab.shape}; give C-contiguous int16 of shape {shape}"
-        )
-    plane = None if 1 in pattern.widths else np.empty((n_r, n_c), np.int16)
-    work = np.empty(n_c + shape[3] + max(pattern.widths), np.uint32)
-    before = -1
-    for m in range(shape[1]):
-        k = min(max(k0 - pk + m, 0), n_k - 1)
-        if k == before:
-            slab[:, m] = slab[:, m - 1]
-        else:
-            _levels_of_slice(grid_volume, k, pattern.widths, (plane, work), slab[:, m])
-        before = k
-    return slab
-
-
-def _levels_of_slice(
-    grid_volume: GridVolume,
-    k: int,
-    widths: tuple[int, ...],
-    buffers: tuple[NDArray[np.int16] | None, NDArray[np.uint32]],
-    out: NDArray[np.int16],
-) -> None:
-    plane, work = buffers
-    air, hu = grid_volume.air, grid_volume.hu[k]
-    table = None if grid_volume.hu_table == "identity" else grid_volume.table
-    if plane is None:
-        level = widths.index(1)
-        plane_level(hu, table, air, air, out[level])
-        pr, pc = (out.shape[1] - hu.shape[0]) // 2, (out.shape[2] - hu.shape[1]) // 2
-        plane = out[level, pr : pr + hu.shape[0], pc : pc + hu.shape[1]]
-    else:
-        plane_level(hu, table, air, air, plane)
-    for level, width in enumerate(widths):
-        if width > 1:
-            box_level(plane, width, air, work, out[level])
 
 
 def _three(values: Iterable[float]) -> tuple[float, float, float]:

@@ -28,12 +28,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.grid import BlockGrid, GridVolume, Pattern, levels_slab
+from organfast.grid import BlockGrid, GridVolume, Pattern
 from organfast.kernels.enlarge import (
     blend_slices,
     enlarge_labels,
@@ -41,6 +42,7 @@ from organfast.kernels.enlarge import (
     scratch_floats,
     weigh_slice,
 )
+from organfast.levels import LevelWindow, levels_slab
 
 if TYPE_CHECKING:
     from organfast.models.classifier import Classifier
@@ -49,6 +51,7 @@ __all__ = [
     "AxisWeights",
     "Enlargement",
     "Evidence",
+    "SliceClassifier",
     "Workers",
     "axis_weights",
     "enlarge",
@@ -64,6 +67,7 @@ Item = TypeVar("Item")
 Computed = TypeVar("Computed")
 
 BACKGROUND = 0
+_WINDOW_BYTES = 200 << 20
 _MOST = 1.0001  # a softmax may be a little more than one
 _NOT_WANTED = np.empty((0, 0), np.uint8)
 
@@ -316,15 +320,14 @@ class Workers(ThreadPoolExecutor):
                 future.cancel()
 
 
-def probability_slabs(
-    grid_volume: GridVolume,
-    classifier: Classifier,
-    pattern: Pattern,
-    block_grid: BlockGrid,
-    body_mask: NDArray[np.bool_] | None,
-    workers: Workers,
-) -> Iterator[Slab]:
-    """Probabilities at the positions of a block grid, slice after slice.
+class SliceClassifier:
+    """A classifier asked about positions of one slice of a block grid after the other.
+
+    Levels are made as it moves along the scan, a run of slices at a time::
+
+        for run in slices.runs():
+            for n in run:                    # in any order, from any thread
+                slices.ask(n, inside)
 
     Parameters
     ----------
@@ -336,6 +339,101 @@ def probability_slabs(
         What the classifier reads around a position.
     block_grid : BlockGrid
         Positions on ``grid_volume``.
+    workers : Workers
+        Threads that make levels.
+
+    Raises
+    ------
+    ValueError
+        The block grid is another volume's.
+    """
+
+    def __init__(
+        self,
+        grid_volume: GridVolume,
+        classifier: Classifier,
+        pattern: Pattern,
+        block_grid: BlockGrid,
+        workers: Workers,
+    ) -> None:
+        if block_grid.volume_shape != grid_volume.shape:
+            raise ValueError(
+                f"the block grid is for {block_grid.volume_shape} voxels, the volume has "
+                f"{grid_volume.shape}; build it from the volume's shape"
+            )
+        self.shape = block_grid.shape
+        self.n_classes = classifier.n_classes
+        self._volume, self._pattern, self._classifier = grid_volume, pattern, classifier
+        self._workers = workers
+        self._centres_k, centres_i, centres_j = block_grid.centres
+        reach_k, reach_i, reach_j = pattern.reach
+        self._positions = np.empty((*block_grid.shape[1:], 3), np.int32)
+        self._positions[..., 0] = reach_k
+        self._positions[..., 1] = (centres_i + reach_i)[:, None]
+        self._positions[..., 2] = centres_j + reach_j
+        self._window: LevelWindow | None = None
+
+    def runs(self) -> Iterator[range]:
+        """Runs of slices of the block grid, of even length but the last.
+
+        Yields
+        ------
+        range
+            While it is the last that came, its slices and the one after them may be asked about.
+        """
+        n_all, reach_k = len(self._centres_k), self._pattern.reach[0]
+        if reach_k == 0:  # each slice is made for itself, by who asks
+            yield range(n_all)
+            return
+        stride = int(self._centres_k[1] - self._centres_k[0]) if n_all > 1 else 1
+        per_slice = LevelWindow.bytes_per_slice(self._volume, self._pattern)
+        room = _WINDOW_BYTES // per_slice - 2 * reach_k
+        n_run = 2 * max(1, room // (2 * stride))
+        self._window = LevelWindow(self._volume, self._pattern, n_run * stride + 1)
+        for first in range(0, n_all, n_run):
+            last = min(first + n_run, n_all - 1)
+            k0, k1 = int(self._centres_k[first]), int(self._centres_k[last]) + 1
+            for _ in self._workers.in_order(self._window.fill, self._window.move(k0, k1)):
+                pass
+            yield range(first, min(first + n_run, n_all))
+
+    def ask(self, n: int, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Class probabilities at positions of a slice.
+
+        Parameters
+        ----------
+        n : int
+            Slice of the block grid.
+        inside : (n_i, n_j) bool
+            The positions.
+
+        Returns
+        -------
+        (m, n_classes) float32
+            In the order of ``positions[inside]``.
+        """
+        visited = self._positions[inside]
+        found = np.empty((len(visited), self.n_classes), np.float32)
+        if len(visited):
+            self._classifier.probabilities(self._levels(n), visited, found)
+        return found
+
+    def _levels(self, n: int) -> NDArray[np.int16]:
+        k = int(self._centres_k[n])
+        if self._window is None:
+            return levels_slab(self._volume, self._pattern, k, k + 1)
+        return self._window.slab(k, k + 1)
+
+
+def probability_slabs(
+    slices: SliceClassifier, body_mask: NDArray[np.bool_] | None, workers: Workers
+) -> Iterator[Slab]:
+    """Probabilities at the positions of a block grid, slice after slice.
+
+    Parameters
+    ----------
+    slices : SliceClassifier
+        What is asked.
     body_mask : (n_k, n_i, n_j) bool or None
         Positions to visit; the others are background with probability 1. None visits all.
     workers : Workers
@@ -351,42 +449,23 @@ def probability_slabs(
     Raises
     ------
     ValueError
-        The block grid is another volume's, or the mask has another shape than the block grid.
+        The mask has another shape than the block grid.
     """
-    if block_grid.volume_shape != grid_volume.shape:
-        raise ValueError(
-            f"the block grid is for {block_grid.volume_shape} voxels, the volume has "
-            f"{grid_volume.shape}; build it from the volume's shape"
-        )
-    if body_mask is not None and (
-        body_mask.shape != block_grid.shape or body_mask.dtype != np.bool_
-    ):
+    if body_mask is not None and (body_mask.shape != slices.shape or body_mask.dtype != np.bool_):
         raise ValueError(
             f"body_mask is {body_mask.dtype} of shape {body_mask.shape}; give bool of the block "
-            f"grid's shape {block_grid.shape}"
+            f"grid's shape {slices.shape}"
         )
-    reach_k, reach_i, reach_j = pattern.reach
-    centres_k, centres_i, centres_j = block_grid.centres
-    n_k, n_i, n_j = block_grid.shape
-    positions = np.empty((n_i, n_j, 3), np.int32)
-    positions[..., 0] = reach_k
-    positions[..., 1] = (centres_i + reach_i)[:, None]
-    positions[..., 2] = centres_j + reach_j
 
     def slab_of(n: int) -> Slab:
-        inside = np.ones((n_i, n_j), bool) if body_mask is None else body_mask[n]
-        probabilities = np.zeros((n_i, n_j, classifier.n_classes), np.float32)
+        inside = np.ones(slices.shape[1:], bool) if body_mask is None else body_mask[n]
+        probabilities = np.zeros((*inside.shape, slices.n_classes), np.float32)
         probabilities[..., BACKGROUND] = 1
         if inside.any():
-            k = int(centres_k[n])
-            levels = levels_slab(grid_volume, pattern, k, k + 1)
-            visited = positions[inside]
-            found = np.empty((len(visited), classifier.n_classes), np.float32)
-            classifier.probabilities(levels, visited, found)
-            probabilities[inside] = found
+            probabilities[inside] = slices.ask(n, inside)
         return n, probabilities
 
-    return workers.in_order(slab_of, range(n_k))
+    return chain.from_iterable(workers.in_order(slab_of, run) for run in slices.runs())
 
 
 # --- voxels ---------------------------------------------------------------------------------------

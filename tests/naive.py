@@ -182,28 +182,32 @@ def gather_features(slab, offsets, positions):
     return out
 
 
-def plane_level(hu, table, floor, air, pad_rows, pad_cols):
-    rows, cols = hu.shape
-    out = np.full((rows + 2 * pad_rows, cols + 2 * pad_cols), air, np.int16)
-    for y in range(rows):
-        for x in range(cols):
-            value = int(hu[y, x])
-            value = max(value, floor) if table is None else table[value + 32768]
-            out[pad_rows + y, pad_cols + x] = value
+def through_table(hu, table, floor):
+    """Each voxel through the table; at least the floor."""
+    out = np.empty(hu.shape, np.int16)
+    for at in np.ndindex(hu.shape):
+        value = int(hu[at])
+        out[at] = value if table is None else table[value + 32768]
+        out[at] = max(out[at], floor)
     return out
 
 
-def box_level(plane, width, air, pad_rows, pad_cols):
-    """Each box summed for itself, in integers; half is rounded up."""
-    rows, cols = plane.shape
-    out = np.empty((rows + 2 * pad_rows, cols + 2 * pad_cols), np.int16)
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            top, left = y - pad_rows - width // 2, x - pad_cols - width // 2
-            inside = plane[max(top, 0) : max(top + width, 0), max(left, 0) : max(left + width, 0)]
-            n = width * width
-            total = int(inside.sum(dtype=np.int64)) + air * (n - inside.size)
-            out[y, x] = (2 * total + n) // (2 * n)
+def box_level(volume, width, depth, air, reach, slices):
+    """Each box of a volume (K, R, C) summed for itself, in integers; half is rounded up."""
+    n_k, rows, cols = volume.shape
+    pk, pr, pc = reach
+    k0, k1 = slices
+    out = np.empty((k1 - k0 + 2 * pk, rows + 2 * pr, cols + 2 * pc), np.int16)
+    n = depth * width * width
+    for m, y, x in np.ndindex(out.shape):
+        first = k0 - pk + m - depth // 2
+        in_box = [volume[min(max(k, 0), n_k - 1)] for k in range(first, first + depth)]
+        top, left = y - pr - width // 2, x - pc - width // 2
+        chosen = slice(max(top, 0), max(top + width, 0)), slice(max(left, 0), max(left + width, 0))
+        inside = [plane[chosen] for plane in in_box]
+        total = sum(int(plane.sum(dtype=np.int64)) for plane in inside)
+        total += air * (n - sum(plane.size for plane in inside))
+        out[m, y, x] = (2 * total + n) // (2 * n)
     return out
 
 

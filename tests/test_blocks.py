@@ -20,7 +20,8 @@ from organfast.blocks import (
     gather_features,
     pattern_from_dict,
 )
-from organfast.grid import GridVolume, hu_lookup, levels_slab
+from organfast.grid import GridVolume, hu_lookup
+from organfast.levels import levels_slab
 from organfast.volume import Volume
 
 
@@ -82,8 +83,9 @@ def test_features_are_ordered_by_level_slice_row_column() -> None:
         ({"levels": (0,)}, r"levels is \(0,\)"),
         ({"levels": (128,)}, "from 1 to 127"),
         ({"levels": "19"}, "levels is '19'"),
-        ({"size": 257}, "66049 features; the forest's nodes hold 65535"),
+        ({"size": 257}, "66049 features; the forest's nodes hold 65536"),
         ({"size": 33, "slices": 61}, "fewer slices"),
+        ({"size": 41, "slices": 41}, "68921 features"),
         ({"size": 10**9 + 1}, "features"),
     ],
 )
@@ -99,13 +101,27 @@ def test_a_block_survives_json(block: Block) -> None:
     assert pattern_from_dict(json.loads(json.dumps(block.to_dict()))) == block
 
 
+CONTEXT = Context().to_dict()
+
+
 @pytest.mark.parametrize(
     "content",
     [
         None,
         [],
         {},
+        {"kind": "sphere"},
         {"kind": "context"},
+        {**CONTEXT, "more": 1},
+        {**CONTEXT, "n": 10**9},
+        {**CONTEXT, "n": True},
+        {**CONTEXT, "widths": [1, 1]},
+        {**CONTEXT, "widths": [127]},
+        {**CONTEXT, "reach_mm": [float("inf"), 1.0, 1.0]},
+        {**CONTEXT, "reach_mm": [1.0, 1.0, 1.0]},
+        {**CONTEXT, "spacing_mm": [0.0, 1.0, 1.0]},
+        {**CONTEXT, "spacing_mm": [1.0, 1.0]},
+        {**CONTEXT, "seed": -1},
         {"kind": "block", "size": 33},
         {"kind": "block", "size": 33, "levels": [1], "slices": 1, "more": 1},
         {"kind": "block", "size": "33", "levels": [1], "slices": 1},
@@ -117,8 +133,38 @@ def test_a_block_survives_json(block: Block) -> None:
     ],
 )
 def test_a_tampered_pattern_is_a_value_error(content: Any) -> None:
-    with pytest.raises(ValueError, match=r"pattern|block|levels"):
+    with pytest.raises(
+        ValueError, match=r"pattern|block|levels|context|n is|widths is|_mm is|seed is|box"
+    ):
         pattern_from_dict(content)
+
+
+# --- the context ----------------------------------------------------------------------------------
+
+
+def test_a_context_survives_json() -> None:
+    context = Context(20, (1, 5), (30.0, 20.0, 10), 7, (2.0, 2.0, 5.0))
+    assert pattern_from_dict(json.loads(json.dumps(context.to_dict()))) == context
+
+
+def test_a_context_s_offsets_lie_in_reach_and_stay_what_they_are() -> None:
+    context = Context()
+    offsets = context.offsets
+    assert offsets.shape == (700, 4)
+    assert len(np.unique(offsets, axis=0)) == 700
+    assert (np.abs(offsets[:, 1:]).max(axis=0) <= (40, 110, 110)).all()
+    np.testing.assert_array_equal(np.unique(offsets[:, 0]), range(5))
+    assert not np.array_equal(offsets, Context(seed=1).offsets)
+    # Model files hold the seed, not the offsets: these must never change.
+    np.testing.assert_array_equal(offsets[:2], [[2, 17, 23, 10], [2, 12, -14, 86]])
+    with pytest.raises(ValueError, match="read-only"):
+        offsets[0] = 0
+
+
+def test_a_context_s_boxes_are_about_as_high_as_wide() -> None:
+    assert Context().depths == (1, 1, 3, 7, 13)
+    assert Context(spacing_mm=(1.0, 1.0, 1.0)).depths == (1, 3, 7, 13, 25)
+    assert Context(spacing_mm=(1.0, 1.0, 5.0)).depths == (1, 1, 1, 3, 5)
 
 
 # --- the block grid -------------------------------------------------------------------------------

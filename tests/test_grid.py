@@ -1,4 +1,4 @@
-"""The model grid: HU tables, resampling, levels."""
+"""The model grid: HU tables, resampling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from test_blocks import random_hu, zoo
 from test_volume import ORIENTATIONS, _affine
 
-from organfast.blocks import Block
 from organfast.grid import (
     HU_TABLES,
     GridVolume,
     ModelGrid,
     hu_lookup,
-    levels_slab,
     resample_labels,
     resampled,
     to_model_grid,
@@ -281,146 +279,6 @@ def test_labels_of_a_scan_always_fit_its_model_grid(
     offset = tuple((s - 1) / 2 for s in step)
     scan = GridVolume(np.zeros(shape, np.int16), step, offset)  # type: ignore[arg-type]
     assert resample_labels(np.zeros(n, np.uint8), scan).shape == shape
-
-
-# --- levels ---------------------------------------------------------------------------------------
-
-
-def naive_slab(scan: GridVolume, pattern: Block, k0: int, k1: int) -> np.ndarray:
-    pk, pr, pc = pattern.reach
-    slab = []
-    for width in pattern.widths:
-        slices = []
-        for k in range(k0 - pk, k1 + pk):
-            hu = scan.hu[min(max(k, 0), len(scan.hu) - 1)]
-            plane = naive.plane_level(hu, scan.table, -32768, scan.air, 0, 0)
-            slices.append(naive.box_level(plane, width, scan.air, pr, pc))
-        slab.append(slices)
-    return np.array(slab, np.int16)
-
-
-BLOCKS = [
-    Block(1),
-    Block(5),
-    Block(3, (1, 2, 3)),
-    Block(3, (4, 1), 3),
-    Block(1, (7,), 5),
-    Block(5, (20,)),
-]
-
-
-@pytest.mark.parametrize("name", HU_TABLES)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_levels_equal_their_twin_in_every_layout(name: str, block: Block) -> None:
-    hu = random_hu((3, 9, 8))
-    table = hu_lookup(name)
-    expected = naive_slab(GridVolume(hu, table=table, hu_table=name), block, 0, 3)
-    for same in zoo(hu):
-        scan = GridVolume(same, table=table, hu_table=name)
-        np.testing.assert_array_equal(levels_slab(scan, block, 0, 3), expected)
-    applied = table[hu.astype(int) + 32768]
-    for same in zoo(applied):  # as a working grid holds them
-        scan = GridVolume(same, hu_table=name)
-        np.testing.assert_array_equal(levels_slab(scan, block, 0, 3), expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 6), (2, 5, 1)])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_levels_of_the_smallest_volumes(shape: tuple[int, int, int], block: Block) -> None:
-    scan = GridVolume(random_hu(shape), table=hu_lookup("identity"))
-    expected = naive_slab(scan, block, 0, shape[0])
-    np.testing.assert_array_equal(levels_slab(scan, block, 0, shape[0]), expected)
-
-
-@given(
-    block=st.sampled_from(BLOCKS),
-    cuts=st.sets(st.integers(1, 6), max_size=6),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=40, deadline=None)
-def test_levels_do_not_depend_on_how_the_volume_is_cut(
-    block: Block, cuts: set[int], seed: int
-) -> None:
-    scan = GridVolume(
-        random_hu((7, 6, 9), seed), table=hu_lookup("piecewise"), hu_table="piecewise"
-    )
-    whole = levels_slab(scan, block, 0, 7)
-    pk = block.reach[0]
-    edges = [0, *sorted(cuts), 7]
-    for k0, k1 in itertools.pairwise(edges):
-        part = levels_slab(scan, block, k0, k1)
-        np.testing.assert_array_equal(part, whole[:, k0 : k1 + 2 * pk])
-
-
-@pytest.mark.parametrize("width", [2, 3, 126, 127])
-@pytest.mark.parametrize("value", [-1024, -1023, 0, 32766, 32767])
-def test_boxes_are_exact_at_the_ends_of_int16(width: int, value: int) -> None:
-    hu = np.full((1, 130, 131), value, np.int16)
-    hu[0, 0, 0] = 32767 if value < 32767 else 0
-    scan = GridVolume(hu, table=hu_lookup("identity"))
-    level = levels_slab(scan, Block(1, (width,)), 0, 1)[0, 0]
-    sums = np.zeros((131 + width, 132 + width), np.int64)
-    padded = np.full((130 + width, 131 + width), -1024, np.int64)
-    padded[width // 2 : width // 2 + 130, width // 2 : width // 2 + 131] = hu[0]
-    sums[1:, 1:] = padded.cumsum(0).cumsum(1)
-    box = sums[width:, width:] - sums[:-width, width:] - sums[width:, :-width]
-    box = (box + sums[:-width, :-width])[:130, :131]
-    np.testing.assert_array_equal(level, (2 * box + width**2) // (2 * width**2))
-
-
-def test_half_is_rounded_up_below_zero_too() -> None:
-    hu = np.array([[-3, -2, -3, -3, 3, 2]], np.int16).repeat(2, 0)[None]
-    level = levels_slab(GridVolume(hu, table=hu_lookup("identity")), Block(1, (2,)), 0, 1)
-    # [c - 1, c + 1): -2.5 -> -2, -2.5 -> -2, -3, 0, 2.5 -> 3
-    np.testing.assert_array_equal(level[0, 0, 1, 1:], [-2, -2, -3, 0, 3])
-
-
-@pytest.mark.parametrize("width", [2, 6, 14, 28])
-def test_an_exact_half_is_not_lost_to_the_reciprocal_of_the_box(width: int) -> None:
-    """(m + 1/2) * 196 times the float64 nearest to 1/196 falls short of m + 1/2 for most m."""
-    scan_slices = np.arange(-1024, 3000, 7)
-    columns = np.arange(2 * width) % 2
-    hu = (scan_slices[:, None, None] + columns).repeat(2 * width, 1).astype(np.int16)
-    scan = GridVolume(hu, table=hu_lookup("identity"))
-    level = levels_slab(scan, Block(1, (width,)), 0, len(hu))[0, :, width, width]
-    np.testing.assert_array_equal(level, scan_slices + 1)
-
-
-def test_beyond_the_sides_is_air_and_beyond_the_ends_the_end_slice() -> None:
-    hu = np.stack([np.full((4, 4), 100 * k, np.int16) for k in range(3)])
-    slab = levels_slab(GridVolume(hu, table=hu_lookup("identity")), Block(3, slices=5), 0, 3)
-    assert slab.shape == (1, 7, 6, 6)
-    np.testing.assert_array_equal(slab[0, :, 2, 2], [0, 0, 0, 100, 200, 200, 200])
-    rim = np.ones((6, 6), bool)
-    rim[1:-1, 1:-1] = False
-    assert (slab[0][:, rim] == -1024).all()
-
-
-def test_a_slab_is_written_into_the_given_buffer() -> None:
-    hu = random_hu((5, 6, 7))
-    scan, block = GridVolume(hu, table=hu_lookup("identity")), Block(3, (1, 2), 3)
-    before = hu.copy()
-    buffer = np.full((2, 4, 10, 11), 99, np.int16)
-    assert levels_slab(scan, block, 1, 3, buffer) is buffer
-    np.testing.assert_array_equal(buffer, levels_slab(scan, block, 1, 3))
-    np.testing.assert_array_equal(hu, before)
-
-
-@pytest.mark.parametrize(
-    ("k0", "k1", "out", "message"),
-    [
-        (0, 4, None, "slices 0 to 4 are not in a volume of 3"),
-        (2, 2, None, "slices 2 to 2"),
-        (-1, 2, None, "slices -1 to 2"),
-        (0, 1, np.zeros((1, 1, 4, 4), np.int32), "out is int32"),
-        (0, 1, np.zeros((1, 1, 4, 5), np.int16), "out is int16"),
-        (0, 1, np.zeros((4, 4, 1, 1), np.int16).T, "C-contiguous"),
-    ],
-)
-def test_the_door_of_levels_slab(k0: int, k1: int, out: np.ndarray | None, message: str) -> None:
-    scan = GridVolume(np.zeros((3, 4, 4), np.int16), table=hu_lookup("identity"))
-    with pytest.raises(ValueError, match=message):
-        levels_slab(scan, Block(1), k0, k1, out)
 
 
 def test_a_grid_volume_holds_int16_and_the_table_it_names() -> None:

@@ -16,7 +16,7 @@ COLUMNS = [
     ["errors", "progress"],
     ["anatomy", "volume"],
     ["nifti", "layouts", "phantom", "torso", "painting"],
-    ["grid", "body"],
+    ["grid", "levels", "body"],
     ["blocks", "sampling"],
     ["models.classifier", "models.forest"],
     ["probability"],

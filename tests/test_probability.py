@@ -24,6 +24,7 @@ from organfast.kernels.enlarge import (
 )
 from organfast.probability import (
     Enlargement,
+    SliceClassifier,
     Workers,
     axis_weights,
     enlarge,
@@ -375,6 +376,11 @@ def set_up(case: str):
     return grid_volume, block_grid, enlargement
 
 
+def slabs_of(grid_volume, classifier, pattern, block_grid, mask, workers):
+    slices = SliceClassifier(grid_volume, classifier, pattern, block_grid, workers)
+    return probability_slabs(slices, mask, workers)
+
+
 def naive_label_volume(coarse, enlargement):
     labels = np.zeros(enlargement.shape, np.uint8)
     best = np.zeros(enlargement.shape, np.float32)
@@ -391,7 +397,7 @@ def test_a_volume_equals_the_twin_for_any_number_of_threads(case) -> None:
     grid_volume, block_grid, enlargement = set_up(case)
     pattern, classifier = Block(3), HuClassifier(4)
     with Workers(1) as workers:
-        slabs = list(probability_slabs(grid_volume, classifier, pattern, block_grid, None, workers))
+        slabs = list(slabs_of(grid_volume, classifier, pattern, block_grid, None, workers))
     assert [n for n, _ in slabs] == list(range(block_grid.shape[0]))
     coarse = np.stack([p for _, p in slabs])
     assert coarse.shape == (*block_grid.shape, 4)
@@ -404,7 +410,7 @@ def test_a_volume_equals_the_twin_for_any_number_of_threads(case) -> None:
         confidence = np.zeros(enlargement.shape, np.uint8)
         with Workers(threads) as workers:
             evidence = label_volume(
-                probability_slabs(grid_volume, classifier, pattern, block_grid, None, workers),
+                slabs_of(grid_volume, classifier, pattern, block_grid, None, workers),
                 enlargement,
                 labels,
                 workers,
@@ -463,19 +469,14 @@ def test_outside_the_body_is_background_and_not_visited() -> None:
         everywhere = np.stack(
             [
                 p
-                for _, p in probability_slabs(
+                for _, p in slabs_of(
                     grid_volume, HuClassifier(5), pattern, block_grid, None, workers
                 )
             ]
         )
         classifier = HuClassifier(5)
         masked = np.stack(
-            [
-                p
-                for _, p in probability_slabs(
-                    grid_volume, classifier, pattern, block_grid, mask, workers
-                )
-            ]
+            [p for _, p in slabs_of(grid_volume, classifier, pattern, block_grid, mask, workers)]
         )
     np.testing.assert_array_equal(masked[mask], everywhere[mask])
     np.testing.assert_array_equal(masked[~mask], np.eye(5, dtype=np.float32)[[0] * (~mask).sum()])
@@ -487,7 +488,7 @@ def test_a_class_that_never_occurs_has_no_position() -> None:
     labels = np.full(enlargement.shape, 9, np.uint16)
     mask = np.zeros(block_grid.shape, bool)
     with Workers(1) as workers:
-        slabs = probability_slabs(grid_volume, HuClassifier(3), Block(3), block_grid, mask, workers)
+        slabs = slabs_of(grid_volume, HuClassifier(3), Block(3), block_grid, mask, workers)
         evidence = label_volume(slabs, enlargement, labels, workers)
     np.testing.assert_array_equal(labels, 0)
     np.testing.assert_array_equal(evidence.weight, [1, 0, 0])
@@ -531,9 +532,9 @@ def test_slabs_and_outputs_that_do_not_fit_are_refused() -> None:
             organ_map(slab, enlargement, labels, workers)
         other, mask = BlockGrid((1, 2, 3), (1, 1, 1)), np.ones((1, 1, 1), bool)
         with pytest.raises(ValueError, match="block grid"):
-            probability_slabs(grid_volume, HuClassifier(3), Block(3), other, None, workers)
+            slabs_of(grid_volume, HuClassifier(3), Block(3), other, None, workers)
         with pytest.raises(ValueError, match="body_mask"):
-            probability_slabs(grid_volume, HuClassifier(3), Block(3), block_grid, mask, workers)
+            slabs_of(grid_volume, HuClassifier(3), Block(3), block_grid, mask, workers)
 
 
 def test_classes_times_volume_is_never_held() -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block
 from organfast.errors import InputError
-from organfast.grid import GridVolume, ModelGrid, levels_slab
+from organfast.grid import GridVolume, ModelGrid
 from organfast.layouts import Case, find_cases
+from organfast.levels import levels_slab
 from organfast.nifti import Geometry, write_labels, write_volume
 from organfast.sampling import (
     Examples,

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, gather_blocks
-from organfast.grid import GridVolume, ModelGrid, hu_lookup, levels_slab, to_model_grid
+from organfast.grid import GridVolume, ModelGrid, hu_lookup, to_model_grid
 from organfast.layouts import write_case
 from organfast.learning import Recipe, train
+from organfast.levels import levels_slab
 from organfast.metrics import confusion
 from organfast.models.classifier import load_model, save_model
 from organfast.models.forest import Forest, ForestSettings, train_forest

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.blocks import Block, pattern_from_dict
+from organfast.blocks import Block, Context, pattern_from_dict
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
 from organfast.models.forest import Forest
@@ -89,7 +89,7 @@ class Model:
         Trained on ``pattern`` and ``classes``.
     classes : ClassTable
         Its classes, in the order of its probabilities.
-    pattern : Block
+    pattern : Block or Context
         What it reads around a position.
     grid : ModelGrid
         The grid that a scan is brought to first.
@@ -112,7 +112,7 @@ class Model:
 
     classifier: Forest
     classes: ClassTable
-    pattern: Block
+    pattern: Block | Context
     grid: ModelGrid
     stride: tuple[int, int, int] = NATIVE_STRIDE
     training: Mapping[str, Any] = field(default_factory=lambda: dict(_NO_RECORD))
