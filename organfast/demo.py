@@ -137,7 +137,8 @@ def _unseen_patient(seed: int, threads: int) -> PhantomCase:
     """A patient whom no cohort draws, scanned finely from the neck to the hips."""
     patient = _UNSEEN_PATIENT + seed
     anatomy = phantom(FieldOfView.over("trunk", *_UNSEEN), patient, threads=threads)
-    return PhantomCase("unseen", paint(anatomy, patient, threads=threads), class_labels(anatomy))
+    scan = paint(anatomy, patient, threads=threads)
+    return PhantomCase("unseen", scan, class_labels(anatomy), anatomy)
 
 
 def _scores(result: Result, truth: NDArray[np.unsignedinteger]) -> list[OrganScore]:

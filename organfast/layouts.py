@@ -48,6 +48,7 @@ __all__ = [
     "Masks",
     "case_labels",
     "check_classes",
+    "class_of_names",
     "dataset_classes",
     "dataset_nuisance",
     "find_cases",
@@ -639,13 +640,32 @@ def dataset_nuisance(dataset: Dataset, classes: ClassTable) -> dict[str, int]:
         where the table has none. Numbered ones are one: ``rib_left_1`` to ``12`` are ``rib_left``.
         The n-th has the label ``len(classes) + n`` in :func:`case_labels`.
     """
-    class_of = _class_of(classes)
+    class_of = class_of_names(classes)
     groups = {
         _group(name): lies_in(_named(name), classes)
         for name in dataset.structures
         if name not in class_of and not _is_region(name) and not _is_doubtful(name, classes)
     }
     return dict(sorted(groups.items()))
+
+
+def class_of_names(classes: ClassTable) -> dict[str, int]:
+    """Every name that a dataset may use for the structures of a table -> class.
+
+    Parameters
+    ----------
+    classes : ClassTable
+        The table. Parts (the lobes of a lung, its vessels) lead to their whole; where two
+        structures claim a name, it is that of the one called so.
+    """
+    known = {s.name: label for label, s in enumerate(classes.structures)}
+    for label, s in enumerate(classes.structures):
+        for name in (*s.aliases, *s.totalsegmentator):
+            known.setdefault(name, label)
+    for part, whole in _PART_OF.items():
+        if whole in classes:
+            known.setdefault(part, classes.index(whole))
+    return known
 
 
 def lies_in(name: str, classes: ClassTable) -> int:
@@ -710,18 +730,6 @@ def _is_annotated(structure: Structure, names: frozenset[str]) -> bool:
     return whole or not names.isdisjoint(structure.aliases)
 
 
-def _class_of(classes: ClassTable) -> dict[str, int]:
-    """Every name a dataset may use -> class; parts lead to their whole, own names come first."""
-    known = {s.name: label for label, s in enumerate(classes.structures)}
-    for label, s in enumerate(classes.structures):
-        for name in (*s.aliases, *s.totalsegmentator):
-            known.setdefault(name, label)
-    for part, whole in _PART_OF.items():
-        if whole in classes:
-            known.setdefault(part, classes.index(whole))
-    return known
-
-
 # --- labels of a case -----------------------------------------------------------------------------
 
 
@@ -783,7 +791,7 @@ def _labels_of(
     dtype = np.uint8 if n_labels < np.iinfo(np.uint8).max else np.uint16
     unlabelled = int(np.iinfo(dtype).max)
     fine = {name: len(classes) + n for n, name in enumerate(nuisance)}
-    class_of = _class_of(classes)
+    class_of = class_of_names(classes)
     by_name = {}
     for name in annotated:
         if name in class_of:

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.anatomy import ClassTable
+from organfast.anatomy import ClassTable, Structure
+from organfast.layouts import class_of_names, lies_in
 from organfast.painting import LabelMap, in_slabs, paint, texture_tile
 from organfast.torso import (
     LABELS,
@@ -27,7 +28,15 @@ from organfast.torso import (
 )
 from organfast.volume import Volume
 
-__all__ = ["FieldOfView", "PhantomCase", "class_labels", "cohort", "phantom", "phantom_names"]
+__all__ = [
+    "FieldOfView",
+    "PhantomCase",
+    "class_labels",
+    "cohort",
+    "phantom",
+    "phantom_names",
+    "phantom_table",
+]
 
 Region = Literal["trunk", "chest", "abdomen"]
 
@@ -41,8 +50,6 @@ _LATTICE_STEP = 16.0
 _LATTICE_LOW = (-272.0, -176.0, -400.0)
 _LATTICE_SHAPE = (52, 28, 35)  # z, y, x
 _BEND_MM, _MOST_BEND_MM = 4.3, 10.0
-_PART_OF = {"lung_vessel_right": "lung_right", "lung_vessel_left": "lung_left"}
-_PART_OF["liver_vessel"] = "liver"
 
 
 @dataclass(frozen=True)
@@ -102,16 +109,29 @@ class PhantomCase:
         The painted CT.
     labels : (n_x, n_y, n_z) uint8 or uint16
         Labels of the class table, on the scan's stored grid.
+    anatomy : LabelMap
+        All structures, down to single ribs, on the same grid; see :func:`phantom_table`.
     """
 
     name: str
     scan: Volume
     labels: NDArray[np.uint8] | NDArray[np.uint16]
+    anatomy: LabelMap
 
 
 def phantom_names() -> dict[int, str]:
     """Label -> name of the phantom's structures, the same for every patient."""
     return {label: name for name, label in LABELS.items()}
+
+
+def phantom_table() -> ClassTable:
+    """The phantom's structures as a class table: the class of each is its label.
+
+    Written with it (``write_case``), a cohort has all its labels, and a model may be trained on the
+    classes that its structures are or lie in.
+    """
+    structures = [Structure("background", "background")]
+    return ClassTable((*structures, *(Structure(name) for name in phantom_names().values())))
 
 
 def phantom(field: FieldOfView, seed: int, *, threads: int = 1) -> LabelMap:
@@ -191,15 +211,10 @@ def class_labels(
         In the memory order of the label map.
     """
     table = table or ClassTable.default()
-    label_of = {alias: n for n, s in enumerate(table.structures) for alias in s.aliases}
-    label_of |= {part: n for n, s in enumerate(table.structures) for part in s.totalsegmentator}
-    context = table.context or 0
-    lookup = np.full(256, context, np.uint8 if len(table) <= 256 else np.uint16)
-    lookup[0] = 0
+    class_of = class_of_names(table)
+    lookup = np.zeros(256, np.uint8 if len(table) <= 256 else np.uint16)
     for label, name in label_map.names.items():
-        wall = STRUCTURES[name][1] == "wall"
-        rest = label_of.get("body_envelope", context) if wall else context
-        lookup[label] = label_of.get(name, label_of.get(_PART_OF.get(name, ""), rest))
+        lookup[label] = class_of.get(name, lies_in(name, table))
     out = np.empty_like(label_map.labels, lookup.dtype)
     np.take(lookup, label_map.labels, out=out)
     return out
@@ -242,7 +257,7 @@ def cohort(
         patient = int(random.integers(2**31))
         anatomy = phantom(view, patient, threads=threads)
         scan = paint(anatomy, patient, threads=threads)
-        yield PhantomCase(f"phantom_{number:03d}", scan, class_labels(anatomy))
+        yield PhantomCase(f"phantom_{number:03d}", scan, class_labels(anatomy), anatomy)
 
 
 def _frame(

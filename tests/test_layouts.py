@@ -29,6 +29,8 @@ from organfast.layouts import (
     write_case,
 )
 from organfast.nifti import Geometry, read_volume, write_labels, write_volume
+from organfast.painting import paint
+from organfast.phantom import FieldOfView, class_labels, phantom, phantom_table
 from organfast.torso import STRUCTURES
 from organfast.volume import Volume
 
@@ -693,6 +695,22 @@ def test_a_written_case_is_found_again_with_every_voxel_labelled(tmp_path: Path)
     names = sorted(str(p.relative_to(tmp_path / "cohort")) for p in tmp_path.rglob("*.*"))
     files = [f"{p}/{f}.nii.gz" for p in ("p1", "p2") for f in ("ct", "labels")]
     assert names == ["labels.csv", *files]
+
+
+def test_a_phantom_with_all_its_labels_has_the_classes_it_was_painted_with(tmp_path: Path) -> None:
+    anatomy = phantom(FieldOfView((60, 50, 30), (7.0, 7.0, 20.0)), 3)
+    write_case(tmp_path, "p0", paint(anatomy, 3), anatomy.labels, phantom_table())
+    dataset = find_cases(tmp_path)
+    (case,) = dataset.cases
+    nuisance = dataset_nuisance(dataset, DEFAULT)
+    found = case_labels(case, DEFAULT, read_volume(case.image), nuisance)
+    lies_in_class = np.array([*range(len(DEFAULT)), *nuisance.values()])
+    np.testing.assert_array_equal(lies_in_class[found.labels], class_labels(anatomy))
+    assert found.missing == {DEFAULT.index("body_envelope")}
+    fine = {name: label for label, name in anatomy.names.items()}
+    heart = found.labels == 23 + list(nuisance).index("heart_myocardium")
+    np.testing.assert_array_equal(heart, anatomy.labels == fine["heart_myocardium"])
+    assert heart.any()
 
 
 def test_a_case_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
