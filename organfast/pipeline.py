@@ -27,6 +27,7 @@ from organfast.nifti import Scan, as_scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
     Enlargement,
+    SliceClassifier,
     Workers,
     label_volume,
     organ_map,
@@ -326,14 +327,10 @@ class _Flow:
         self, workers: Workers, progress: Progress = silent
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         total = self.block_grid.shape[0]
-        for n, slab in probability_slabs(
-            self.grid_volume,
-            self.model.classifier,
-            self.model.pattern,
-            self.block_grid,
-            self.mask,
-            workers,
-        ):
+        slices = SliceClassifier(
+            self.grid_volume, self.model.classifier, self.model.pattern, self.block_grid, workers
+        )
+        for n, slab in probability_slabs(slices, self.mask, workers):
             yield n, slab
             progress("segmenting", n + 1, total)
 

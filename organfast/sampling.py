@@ -23,11 +23,11 @@ from organfast.grid import (
     GridVolume,
     ModelGrid,
     Pattern,
-    levels_slab,
     resample_labels,
     to_model_grid,
 )
 from organfast.layouts import Case, CaseLabels, case_labels
+from organfast.levels import LevelWindow, levels_slab
 from organfast.nifti import read_scan
 from organfast.volume import Volume
 
@@ -41,6 +41,9 @@ __all__ = [
     "slabs_at",
     "split_patients",
 ]
+
+
+_WINDOW_SLICES = 24
 
 
 @dataclass(frozen=True)
@@ -334,10 +337,20 @@ def slabs_at(
         Those positions in the slab, its padding included.
     """
     reach = np.array(pattern.reach, np.int32)
-    for k in np.unique(positions[:, 0]):
+    visited = np.unique(positions[:, 0])
+    window = LevelWindow(grid_volume, pattern, _WINDOW_SLICES) if reach[0] else None
+    ready = -1
+    for k in map(int, visited):
         rows = np.flatnonzero(positions[:, 0] == k)
         local = positions[rows] - np.array([k, 0, 0], np.int32) + reach
-        yield rows, levels_slab(grid_volume, pattern, int(k), int(k) + 1), local
+        if window is None:  # slices are far apart or few: each is made for itself
+            yield rows, levels_slab(grid_volume, pattern, k, k + 1), local
+            continue
+        if k > ready:
+            ready = min(k + window.n_slices, grid_volume.shape[0]) - 1
+            for run in window.move(k, ready + 1):
+                window.fill(run)
+        yield rows, window.slab(k, k + 1), local
 
 
 def features_at(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from organfast.blocks import (
     Block,
     BlockGrid,
+    Context,
     block_views,
     gather_blocks,
     gather_features,

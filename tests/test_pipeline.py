@@ -31,7 +31,7 @@ from organfast.organs import measure_organs, organs_json
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
 from organfast.pipeline import Settings, locate, segment, segment_many
-from organfast.probability import Workers, probability_slabs
+from organfast.probability import SliceClassifier, Workers, probability_slabs
 from organfast.results import Result
 from organfast.sampling import Split
 from organfast.segmentation import Cleaning
@@ -662,7 +662,8 @@ def test_probabilities_are_scikit_learn_s_on_copied_blocks(slice_512: Volume) ->
     expected = estimator.predict_proba(copied)
     assert len(np.unique(expected)) > 100
     with Workers(1) as workers:
-        slabs = probability_slabs(grid_volume, forest, Block(33), block_grid, None, workers)
+        slices = SliceClassifier(grid_volume, forest, Block(33), block_grid, workers)
+        slabs = probability_slabs(slices, None, workers)
         ((_, slab),) = slabs
     ((_, in_float64),) = forest.asked
     np.testing.assert_array_equal(in_float64, expected)
