@@ -496,3 +496,30 @@ def fill_gaps(tissue, gap, between, filling):
                 run = out[low + 1 : high, i, j]
                 run[run == 0] = filling
     return out
+
+
+# --- coarse to fine -------------------------------------------------------------------------------
+
+
+def refined_slabs(answers, inside, margin, disagreement):
+    """Probabilities, and where it asked; ``answers`` (k, i, j, classes) is what each would give."""
+    outside = np.eye(answers.shape[3], dtype=np.float32)[0]
+    known = np.where(inside[..., None], answers, outside)
+    out, asked = known.copy(), np.zeros(inside.shape, bool)
+    for position in zip(*np.nonzero(inside), strict=True):
+        before = [n - n % 2 for n in position]
+        after = [n + n % 2 for n in position]
+        ends = [
+            (b, a if a < size else b)
+            for b, a, size in zip(before, after, inside.shape, strict=True)
+        ]
+        mean = known[np.ix_(*ends)]
+        labels = np.unique(mean.argmax(axis=3))
+        for _ in range(3):  # along k, then i, then j, rounded to float32 each time
+            mean = (mean[0] + mean[1]) * np.float32(0.5)
+        second, best = np.sort(mean)[-2:]
+        is_coarse = all(n % 2 == 0 for n in position)
+        in_doubt = (disagreement and len(labels) > 1) or best - second < np.float32(margin)
+        asked[position] = is_coarse or in_doubt
+        out[position] = answers[position] if asked[position] else mean
+    return out, asked

@@ -19,7 +19,7 @@ COLUMNS = [
     ["grid", "levels", "body"],
     ["blocks", "sampling"],
     ["models.classifier", "models.forest"],
-    ["probability"],
+    ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay"],
     ["results", "learning", "pipeline"],
     ["bench", "demo"],
