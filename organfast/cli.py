@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,17 @@ def train(
             "Default: 3, or 1 with a single patient.",
         ),
     ] = None,
+    nuisance: Annotated[
+        bool, typer.Option(help="Learn also what the dataset labels beside the classes.")
+    ] = True,
+    guide: Annotated[
+        Path | None,
+        typer.Option(help="An earlier model: half of the blocks are drawn where it errs."),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
+    ] = None,
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="random_forest or extra_trees.")] = "random_forest",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -187,9 +199,9 @@ def train(
     from organfast.blocks import Block
     from organfast.grid import ModelGrid
     from organfast.layouts import find_cases
-    from organfast.learning import Recipe
+    from organfast.learning import Recipe, Sampling
     from organfast.learning import train as learn
-    from organfast.models.classifier import save_model
+    from organfast.models.classifier import load_model, save_model
     from organfast.models.forest import ForestSettings
     from organfast.results import check_file_target
 
@@ -204,6 +216,8 @@ def train(
         classes=_classes(classes, found),
         split=None if split is None else _split(split, found),
         seed=seed,
+        sampling=Sampling(nuisance=nuisance, guide=None if guide is None else load_model(guide)),
+        max_memory_gb=None if max_memory is None else _gigabytes("--max-memory", max_memory),
     )
     check_file_target(out)
     with _progress() as progress:
@@ -355,6 +369,14 @@ def _integers(flag: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{flag} {text} is no list of integers; give N or N,N,...") from None
 
 
+def _gigabytes(flag: str, text: str) -> float:
+    """Memory such as 8GB, 500MB or 1.5GiB, in GiB; one prefix is as good as the other."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(?:i?B)?", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"{flag} {text} is no amount of memory; give one such as 8GB or 500MB")
+    return float(match[1]) / (1024 if match[2] in "Mm" else 1)
+
+
 def _stride(text: str | None) -> int | tuple[int, int, int] | None:
     if text is None:
         return None
@@ -378,21 +400,18 @@ def _three_lengths(text: str) -> tuple[float, float, float]:
 
 def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
     from organfast.anatomy import ClassTable
+    from organfast.layouts import check_classes
 
     if choice == "default":
         return None
     if choice == "dataset":
         return ClassTable.from_names(dataset.structures)
     classes = ClassTable.read(choice)
-    known = set(dataset.structures)
-    for label in classes.organs:
-        s = classes.structures[label]
-        if known.isdisjoint(s.aliases) and not known.issuperset(s.totalsegmentator or [s.name]):
-            raise InputError(
-                choice,
-                f"names {s.name}, which no case of {dataset.folder} annotates",
-                "leave it out, or use the names that `organfast info DATASET` lists",
-            )
+    try:
+        check_classes(classes, dataset)
+    except ValueError as error:
+        problem, _, remedy = str(error).partition("; ")
+        raise InputError(choice, problem, remedy) from None
     return classes
 
 

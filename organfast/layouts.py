@@ -223,7 +223,8 @@ class CaseLabels:
         table, see ``dataset_nuisance``; or one of two values that are neither. ``unlabelled``:
         nothing is said of the voxel, or a structure that was not asked for. Outside the body such a
         voxel is background, inside it the table's context class, if ``missing`` holds no organ.
-        ``doubtful``: it may or may not be an organ of the table (``kidney_cyst_left``).
+        ``doubtful``, only where structures beside the table were asked for: it may or may not be an
+        organ of the table (``kidney_cyst_left``).
     missing : frozenset of int
         Classes the case does not annotate: that they have no voxel means nothing. The background
         and the table's context class, which are what the others leave, are never among them.
@@ -612,7 +613,7 @@ def check_classes(classes: ClassTable, dataset: Dataset) -> None:
         s = classes.structures[label]
         if not any(_is_annotated(s, names) for names in kinds):
             raise ValueError(
-                f"names {s.name}, which no case of {dataset.folder} annotates; "
+                f"the class table names {s.name}, which no case of {dataset.folder} annotates; "
                 "leave it out, or use the names that `organfast info DATASET` lists"
             )
 
@@ -748,7 +749,8 @@ def case_labels(
     volume : Volume
         The image of the case.
     nuisance : mapping of str to int, optional
-        Of ``dataset_nuisance``: structures beside the table, to have labels of their own.
+        Of ``dataset_nuisance``: structures beside the table, to have labels of their own. By
+        default they are unlabelled.
 
     Returns
     -------
@@ -767,7 +769,7 @@ def case_labels(
         for label, s in enumerate(classes.structures)
         if label not in (0, classes.context) and not _is_annotated(s, annotated)
     )
-    label_of = _labels_of(annotated, classes, nuisance or {})
+    label_of = _labels_of(annotated, classes, nuisance)
     if isinstance(case.labels, LabelMap):
         return CaseLabels(_from_label_map(case.labels, label_of, volume), missing)
     labels, warnings = _from_masks(case.labels, label_of, classes, volume)
@@ -785,18 +787,18 @@ class _Labels:
 
 
 def _labels_of(
-    annotated: frozenset[str], classes: ClassTable, nuisance: Mapping[str, int]
+    annotated: frozenset[str], classes: ClassTable, nuisance: Mapping[str, int] | None
 ) -> _Labels:
-    n_labels = len(classes) + len(nuisance)
+    n_labels = len(classes) + len(nuisance or {})
     dtype = np.uint8 if n_labels < np.iinfo(np.uint8).max else np.uint16
     unlabelled = int(np.iinfo(dtype).max)
-    fine = {name: len(classes) + n for n, name in enumerate(nuisance)}
+    fine = {name: len(classes) + n for n, name in enumerate(nuisance or {})}
     class_of = class_of_names(classes)
     by_name = {}
     for name in annotated:
         if name in class_of:
             by_name[name] = class_of[name]
-        elif _is_region(name):
+        elif nuisance is None or _is_region(name):
             continue
         elif _is_doubtful(name, classes):
             by_name[name] = unlabelled - 1

@@ -1,8 +1,16 @@
-"""Learning: labelled scans become a model, scored on patients that were held out."""
+"""Learning: labelled scans become a model, scored on patients that were held out.
+
+::
+
+    case --(labelled_scan)--> scan and labels on the model grid: classes, and what lies beside them
+         --(sample_positions)--> as many positions of each label, half of them where a guide errs
+         --(features_at)--> one row each --(train_forest)--> labels told apart, classes summed up
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from os import PathLike
@@ -12,21 +20,118 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.blocks import Block
+from organfast.blocks import Block, Context
+from organfast.body import body_mask
 from organfast.errors import is_whole
-from organfast.grid import ModelGrid
-from organfast.layouts import Case, Dataset, LabelMap, dataset_classes, find_cases
+from organfast.grid import BlockGrid, ModelGrid
+from organfast.layouts import (
+    Case,
+    Dataset,
+    LabelMap,
+    check_classes,
+    dataset_classes,
+    dataset_nuisance,
+    find_cases,
+)
 from organfast.metrics import accuracy, confusion
 from organfast.models.classifier import Model
 from organfast.models.forest import ForestSettings, train_forest
 from organfast.nifti import file_digest
+from organfast.probability import SliceClassifier, Workers, probability_slabs
 from organfast.progress import Progress, silent
-from organfast.sampling import Split, draw_examples, features_at, slabs_at, split_patients
+from organfast.sampling import (
+    LabelledScan,
+    Split,
+    features_at,
+    labelled_scan,
+    sample_positions,
+    slabs_at,
+    split_patients,
+)
 
-__all__ = ["Recipe", "train"]
+__all__ = ["Recipe", "Sampling", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
 WORKING_STRIDE = (2, 3, 3)
+
+
+NUISANCE_SHARE = 4
+"""A structure beside the table gets a fourth of an organ's positions: there are many of them."""
+EASIEST = 0.02
+"""Weight of a voxel that the guide is certain of, beside 1 for one that it gets wholly wrong."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Where training positions come from.
+
+    Parameters
+    ----------
+    nuisance : bool
+        Structures that the dataset labels and the class table does not name (heart, bowel, bones)
+        are learned one by one, and their probabilities summed into the class they lie in; see
+        ``dataset_nuisance``.
+    n_per_nuisance : int or None
+        Most positions of each of them and patient; None is a fourth of ``n_per_class``.
+    guide : Model or None
+        An earlier model of the same classes on the same grid. Positions are drawn where its
+        probability maps are wrong: with weight 1 - p(true class).
+    guided_share : float
+        Share of each class's positions that the guide draws; the others are drawn evenly, so that
+        the new model does not forget what the guide knows.
+
+    Raises
+    ------
+    ValueError
+        A number is out of range.
+    """
+
+    nuisance: bool = True
+    n_per_nuisance: int | None = None
+    guide: Model | None = None
+    guided_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.n_per_nuisance is not None and not is_whole(self.n_per_nuisance, 1):
+            raise ValueError(
+                f"n_per_nuisance is {self.n_per_nuisance!r}; give a whole number from 1, or None"
+            )
+        if not 0 <= self.guided_share <= 1:
+            raise ValueError(f"guided_share is {self.guided_share!r}; give a share from 0 to 1")
+
+    def check(self, classes: ClassTable, grid: ModelGrid) -> None:
+        """Raise ValueError when the guide knows other classes or works on another grid.
+
+        Parameters
+        ----------
+        classes : ClassTable
+            What is to be learned.
+        grid : ModelGrid
+            Where.
+        """
+        if self.guide is None:
+            return
+        if self.guide.classes.names != classes.names:
+            others = set(self.guide.classes.names) ^ set(classes.names)
+            differ = f"they differ in {', '.join(sorted(others))}" if others else "in their order"
+            raise ValueError(
+                f"the guide knows other classes than are to be learned ({differ}); "
+                "train it on the same class table"
+            )
+        if self.guide.grid != grid:
+            raise ValueError(
+                f"the guide works on the grid {self.guide.grid.to_dict()}, not on "
+                f"{grid.to_dict()}; train both on the same"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the record of a model holds it."""
+        return {
+            "nuisance": self.nuisance,
+            "guide": None if self.guide is None else self.guide.digest,
+            "guided_share": None if self.guide is None else self.guided_share,
+        }
 
 
 @dataclass(frozen=True)
@@ -44,6 +149,7 @@ class Recipe:
         The context classes get this many times as many: what lies between the organs is more
         varied than any organ, and every organ borders on it. None is 3, but 1 where a single
         patient trains: its context teaches little of the next one's, and displaces the organs.
+        Structures beside the table are not counted in it, see ``Sampling``.
     forest : ForestSettings
         Kind and size of the forest.
     classes : ClassTable or None
@@ -52,11 +158,15 @@ class Recipe:
         Patients to train, validate and test on; None draws one, see ``split_patients``.
     seed : int
         Seed of the split and of the positions; the forest has its own.
+    sampling : Sampling
+        Where positions come from.
+    max_memory_gb : float or None
+        Most memory that what is learned from may take, GiB; None is half of the machine's.
 
     Raises
     ------
     ValueError
-        A number is below 1.
+        A number is out of range.
     """
 
     grid: ModelGrid = field(default_factory=lambda: ModelGrid((1.5, 1.5, 3.0), "piecewise"))
@@ -66,32 +176,90 @@ class Recipe:
     classes: ClassTable | None = None
     split: Split | None = None
     seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_per_class", "context_factor"):
             number = getattr(self, name)
             if not (is_whole(number, 1) or (number is None and name == "context_factor")):
                 raise ValueError(f"{name} is {number!r}; give a whole number from 1")
+        if self.max_memory_gb is not None and not self.max_memory_gb > 0:
+            raise ValueError(f"max_memory_gb is {self.max_memory_gb!r}; give GiB above 0, or None")
 
-    def n_of_each(self, classes: ClassTable, n_patients: int) -> list[int]:
-        """Most training positions of each class, in label order.
+    def n_of_each(self, classes: ClassTable, n_nuisance: int, n_patients: int) -> list[int]:
+        """Most training positions of each class and of each structure beside the table.
 
         Parameters
         ----------
         classes : ClassTable
             The classes.
+        n_nuisance : int
+            Structures beside them.
         n_patients : int
             Patients who train.
         """
         usual = 1 if n_patients == 1 else 3
         factor = usual if self.context_factor is None else self.context_factor
         roles = (s.role for s in classes.structures)
-        return [self.n_per_class * (factor if role == "context" else 1) for role in roles]
+        beside = self.sampling.n_per_nuisance or max(1, self.n_per_class // NUISANCE_SHARE)
+        of_classes = [self.n_per_class * (factor if role == "context" else 1) for role in roles]
+        return of_classes + [beside] * n_nuisance
+
+    def check_memory(self, n_examples: int, n_features: int, n_parts: int) -> None:
+        """Raise ValueError when the features of the examples would take too much memory.
+
+        Parameters
+        ----------
+        n_examples : int
+            The most that may be drawn.
+        n_features : int
+            Of the pattern, four bytes each.
+        n_parts : int
+            Parts that come one by one, before they are stacked.
+        """
+        allowed = self.max_memory_gb or _machine_memory_gb() / 2
+        needed = 4 * n_features * (n_examples + n_examples / max(n_parts, 1)) / GIB
+        if needed > allowed:
+            raise ValueError(
+                f"{n_examples:,} examples of {n_features:,} features take up to {needed:.3g} GiB, "
+                f"and {allowed:.3g} GiB are allowed; use a smaller block, fewer positions per "
+                "class (n_per_class) or fewer patients, or allow more (max_memory_gb)"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fine:
+    """The labels that are learned: those of the class table, then structures beside it, if any."""
+
+    classes: ClassTable
+    nuisance: Mapping[str, int] | None
+
+    @property
+    def beside(self) -> Mapping[str, int]:
+        """Structure beside the table -> class it lies in."""
+        return self.nuisance or {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.classes.names, *self.beside)
+
+    @property
+    def merge(self) -> NDArray[np.int64]:
+        """(n_labels,) class of each label."""
+        return np.array([*range(len(self.classes)), *self.beside.values()], np.int64)
+
+    def merged(self, labels: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+        """Labels of the table; what is no label stays as it is."""
+        class_of = np.arange(np.iinfo(labels.dtype).max + 1, dtype=labels.dtype)
+        class_of[: len(self.merge)] = self.merge
+        merged: NDArray[np.unsignedinteger] = class_of[labels]
+        return merged
 
 
 def train(
     dataset: str | PathLike[str] | Dataset,
-    pattern: Block | None = None,
+    pattern: Block | Context | None = None,
     recipe: Recipe | None = None,
     *,
     threads: int = 1,
@@ -103,7 +271,7 @@ def train(
     ----------
     dataset : path or Dataset
         A folder in one of the layouts of ``find_cases``, or what that function returned.
-    pattern : Block, optional
+    pattern : Block or Context, optional
         What the classifier sees around a position; ``Block(33)`` by default.
     recipe : Recipe, optional
         Everything else that shapes the model.
@@ -122,24 +290,37 @@ def train(
     InputError
         A file of the dataset cannot be used.
     ValueError
-        The recipe does not fit the dataset.
+        The recipe does not fit the dataset, or what is learned from would not fit in memory.
     """
     pattern, recipe = pattern or Block(33), recipe or Recipe()
     dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
     classes = recipe.classes or dataset_classes(dataset)
+    check_classes(classes, dataset)
+    recipe.sampling.check(classes, recipe.grid)
     split = recipe.split or split_patients(dataset.patients, recipe.seed)
     split.check(dataset.patients)
+    fine = _Fine(classes, dataset_nuisance(dataset, classes) if recipe.sampling.nuisance else None)
 
     cases = [case for case in dataset.cases if case.patient in split.train]
-    features, labels, record = _training_set(cases, classes, pattern, recipe, progress)
+    features, labels, record = _training_set(
+        cases, fine, pattern, recipe, threads=threads, progress=progress
+    )
     forest = train_forest(
-        features, labels, recipe.forest, pattern, len(classes), threads=threads, progress=progress
+        features,
+        labels,
+        recipe.forest,
+        pattern,
+        len(classes),
+        fine.merge if fine.beside else None,
+        threads=threads,
+        progress=progress,
     )
     record |= {
         "layout": dataset.layout,
         "split": asdict(split),
         "seed": recipe.seed,
         "forest": asdict(recipe.forest),
+        "sampling": recipe.sampling.to_dict(),
     }
     model = Model(
         classifier=forest,
@@ -151,7 +332,7 @@ def train(
         scores={},
     )
     scores = {
-        use: _block_scores(model, dataset, patients, recipe, progress)
+        use: _block_scores(model, dataset, patients, (recipe, fine), progress)
         for use, patients in (("validation", split.validation), ("test", split.test))
         if patients
     }
@@ -160,33 +341,71 @@ def train(
 
 def _training_set(
     cases: Sequence[Case],
-    classes: ClassTable,
-    pattern: Block,
+    fine: _Fine,
+    pattern: Block | Context,
     recipe: Recipe,
+    *,
+    threads: int,
     progress: Progress,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, Any]]:
     """Features and labels of the training positions, and the record of where they are from."""
-    n_of_each = recipe.n_of_each(classes, len({case.patient for case in cases}))
+    n_patients = len({case.patient for case in cases})
+    n_of_each = recipe.n_of_each(fine.classes, len(fine.beside), n_patients)
+    recipe.check_memory(sum(n_of_each) * len(cases), pattern.n_features, len(cases))
     features, labels, spacings, digests, warnings = [], [], [], {}, []
     for number, case in enumerate(cases):
         progress("reading cases", number, len(cases))
-        examples = draw_examples(case, classes, recipe.grid, n_of_each, (recipe.seed, number))
-        features.append(features_at(examples.grid_volume, pattern, examples.positions))
-        labels.append(examples.labels)
-        spacings.append(examples.grid_volume.spacing_mm)
+        scan = labelled_scan(case, fine.classes, recipe.grid, fine.nuisance)
+        positions, drawn = sample_positions(
+            scan.labels,
+            dict(enumerate(n_of_each)),
+            (recipe.seed, number),
+            _hardness(scan, fine, recipe.sampling.guide, threads),
+            recipe.sampling.guided_share,
+        )
+        features.append(features_at(scan.grid_volume, pattern, positions))
+        labels.append(drawn)
+        spacings.append(scan.grid_volume.spacing_mm)
         digests[case.name] = _case_digests(case)
-        warnings += [f"{case.name}: {warning}" for warning in examples.warnings]
+        warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
     progress("reading cases", len(cases), len(cases))
-    counts = np.stack([np.bincount(y, minlength=len(classes)) for y in labels])
+    counts = np.stack([np.bincount(y, minlength=len(n_of_each)) for y in labels])
     record = {
         "cases": digests,
+        "nuisance": {name: fine.classes.names[n] for name, n in fine.beside.items()},
         "n_of_each_class": n_of_each,
         "n_examples": int(counts.sum()),
-        "n_cases_with": dict(zip(classes.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
+        "n_cases_with": dict(zip(fine.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
         "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
         "warnings": warnings,
     }
     return _stacked(features), np.concatenate(labels), record
+
+
+def _hardness(
+    scan: LabelledScan, fine: _Fine, guide: Model | None, threads: int
+) -> NDArray[np.float32] | None:
+    """1 - p(true class) at every voxel, (K, R, C): as the guide sees the nearest block position.
+
+    What has no label, and is never drawn, has some number.
+    """
+    if guide is None:
+        return None
+    volume = scan.grid_volume
+    blocks = BlockGrid(volume.shape, guide.stride)
+    k, i, j = (
+        np.rint((np.arange(n) - centres[0]) / stride).clip(0, len(centres) - 1).astype(np.intp)
+        for n, centres, stride in zip(volume.shape, blocks.centres, blocks.stride, strict=True)
+    )
+    hardness = np.empty(volume.shape, np.float32)
+    with Workers(threads) as workers:
+        slices = SliceClassifier(volume, guide.classifier, guide.pattern, blocks, workers)
+        for n, found in probability_slabs(slices, body_mask(volume, blocks), workers):
+            for voxel_slice in np.flatnonzero(k == n):
+                true = np.minimum(fine.merged(scan.labels[voxel_slice]), len(fine.classes) - 1)
+                p = found[i[:, None], j, true]
+                hardness[voxel_slice] = np.maximum(1 - p, EASIEST)
+    return hardness
 
 
 def _stacked(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -204,23 +423,27 @@ def _block_scores(
     model: Model,
     dataset: Dataset,
     patients: Sequence[str],
-    recipe: Recipe,
+    source: tuple[Recipe, _Fine],
     progress: Progress,
 ) -> dict[str, Any]:
     """Share of balanced blocks of held-out patients that the model gets right."""
+    recipe, fine = source
     cases = [case for case in dataset.cases if case.patient in patients]
     n_classes = len(model.classes)
-    balanced = [recipe.n_per_class] * n_classes
+    balanced = dict.fromkeys(range(n_classes), recipe.n_per_class)
     counts = np.zeros((n_classes, n_classes), np.int64)
     for number, case in enumerate(cases):
         progress("scoring held-out patients", number, len(cases))
-        examples = draw_examples(case, model.classes, model.grid, balanced, (recipe.seed, number))
-        found = np.empty((len(examples.labels), n_classes), np.float32)
-        for rows, slab, local in slabs_at(examples.grid_volume, model.pattern, examples.positions):
+        scan = labelled_scan(case, model.classes, model.grid, fine.nuisance)
+        positions, truth = sample_positions(
+            fine.merged(scan.labels), balanced, (recipe.seed, number)
+        )
+        found = np.empty((len(truth), n_classes), np.float32)
+        for rows, slab, local in slabs_at(scan.grid_volume, model.pattern, positions):
             part = np.empty((len(rows), n_classes), np.float32)
             model.classifier.probabilities(slab, local, part)
             found[rows] = part
-        counts += confusion(examples.labels, found.argmax(axis=1), n_classes)
+        counts += confusion(truth, found.argmax(axis=1), n_classes)
     progress("scoring held-out patients", len(cases), len(cases))
     organs = list(model.classes.organs)
     return {
@@ -237,3 +460,7 @@ def _case_digests(case: Case) -> dict[str, str]:
     labels = [case.labels.path] if isinstance(case.labels, LabelMap) else case.labels.paths.values()
     together = sha256("".join(file_digest(path) for path in labels).encode())
     return {"image": file_digest(case.image), "labels": together.hexdigest()}
+
+
+def _machine_memory_gb() -> float:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

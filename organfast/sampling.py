@@ -1,7 +1,8 @@
 """Where training blocks come from: balanced positions of labelled voxels, patients kept apart.
 
-The seed took 500-1000 random blocks per class and patient. So does this module, and it keeps the
-blocks of one patient on one side of every split.
+The seed took 500-1000 random blocks per class and patient, later ones where earlier probability
+maps were wrong. So does this module, and it keeps the blocks of one patient on one side of every
+split.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from organfast.nifti import read_scan
 from organfast.volume import Volume
 
 __all__ = [
-    "Examples",
+    "LabelledScan",
     "Split",
-    "draw_examples",
     "features_at",
+    "labelled_scan",
     "on_model_grid",
     "sample_positions",
     "slabs_at",
@@ -44,6 +45,7 @@ __all__ = [
 
 
 _WINDOW_SLICES = 24
+_LEAST_WEIGHT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def sample_positions(
     labels: NDArray[np.unsignedinteger],
     n_wanted: Mapping[int, int],
     seed: int | Sequence[int],
+    weights: NDArray[np.floating] | None = None,
+    weighted_share: float = 0.5,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Random voxels of each wanted label, drawn without replacement.
 
@@ -159,6 +163,12 @@ def sample_positions(
         not named are passed over.
     seed : int or sequence of int
         Seed of ``numpy.random.default_rng``.
+    weights : (K, R, C) float, optional
+        How much each voxel is wanted, not negative. Without weights all are wanted alike.
+    weighted_share : float
+        The share of each label's positions that the weights draw: one by one, each in proportion to
+        the weights of the voxels that are left (Efraimidis and Spirakis 2006), of weight 0 last.
+        The others come first and are drawn evenly.
 
     Returns
     -------
@@ -166,20 +176,50 @@ def sample_positions(
         (k, i, j), by ascending label, then in memory order of (k, i, j).
     classes : (n,) int64
         The label of each position.
+
+    Raises
+    ------
+    ValueError
+        Fewer than one position is wanted of a label, the share is not within 0..1, or the weights
+        are negative or of another shape.
     """
     if min(n_wanted.values(), default=1) < 1:
         raise ValueError(f"n_wanted is {dict(n_wanted)}; draw at least one position per class")
+    if not 0 <= weighted_share <= 1:
+        raise ValueError(f"weighted_share is {weighted_share!r}; give a share from 0 to 1")
+    if weights is not None and (weights.shape != labels.shape or not (weights >= 0).all()):
+        raise ValueError(
+            f"weights of shape {weights.shape} must be one number from 0 for each of the "
+            f"{labels.shape} voxels"
+        )
     rng = np.random.default_rng(seed)
     n_labels = max(n_wanted, default=0) + 1
     counts = np.stack([_counts(labels_slice, n_labels) for labels_slice in labels])
     positions, classes = [np.empty((0, 3), np.int32)], [np.empty(0, np.int64)]
     for label in sorted(n_wanted):
         total = int(counts[:, label].sum())
-        ranks = np.sort(rng.choice(total, min(n_wanted[label], total), replace=False))
-        found = _voxels_of_rank(labels, label, counts[:, label], ranks)
+        n = min(n_wanted[label], total)
+        n_weighted = 0 if weights is None else round(n * weighted_share)
+        ranks = rng.choice(total, n - n_weighted, replace=False)
+        if weights is not None and n_weighted:
+            of_label = _weights_of(labels, label, counts[:, label], weights)
+            keys = rng.standard_exponential(total) / np.maximum(of_label, _LEAST_WEIGHT)
+            keys[ranks] = np.inf
+            ranks = np.concatenate([ranks, np.argpartition(keys, n_weighted - 1)[:n_weighted]])
+        found = _voxels_of_rank(labels, label, counts[:, label], np.sort(ranks))
         positions.append(found)
         classes.append(np.full(len(found), label, np.int64))
     return np.concatenate(positions), np.concatenate(classes)
+
+
+def _weights_of(
+    labels: NDArray[np.unsignedinteger],
+    label: int,
+    counts: NDArray[np.int64],
+    weights: NDArray[np.floating],
+) -> NDArray[np.floating]:
+    """Weights of the voxels with this label, slice after slice."""
+    return np.concatenate([weights[k][labels[k] == label] for k in np.flatnonzero(counts)])
 
 
 def _counts(labels_slice: NDArray[np.unsignedinteger], n_labels: int) -> NDArray[np.int64]:
@@ -206,24 +246,22 @@ def _voxels_of_rank(
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Labelled positions of one case, and the scan they lie in.
+class LabelledScan:
+    """A case on the model grid, ready to be drawn from.
 
     Parameters
     ----------
     grid_volume : GridVolume
-        The scan on the model grid.
-    positions : (n, 3) int32
-        (k, i, j) voxels of the model grid.
-    labels : (n,) int64
-        Class of each position.
+        The scan.
+    labels : (K, R, C) uint8 or uint16
+        Class of each voxel; from ``len(classes)`` on structures beside the class table. The two
+        greatest values of the dtype say that nothing can be learned from a voxel.
     warnings : tuple of str
         What is doubtful in the scan's file or in its labels.
     """
 
     grid_volume: GridVolume
-    positions: NDArray[np.int32]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.unsignedinteger]
     warnings: tuple[str, ...] = ()
 
 
@@ -255,31 +293,25 @@ def on_model_grid(
         raise InputError(path, problem, remedy) from None
 
 
-def draw_examples(
-    case: Case,
-    classes: ClassTable,
-    grid: ModelGrid,
-    n_per_class: Sequence[int],
-    seed: Sequence[int],
-) -> Examples:
-    """Read a case and draw balanced labelled positions from it.
+def labelled_scan(
+    case: Case, classes: ClassTable, grid: ModelGrid, nuisance: Mapping[str, int] | None = None
+) -> LabelledScan:
+    """Read a case and bring its voxels and labels to the model grid.
 
     Voxels without a label are background outside the body. Inside it they are the table's context
     class, but only where the case annotates every organ of the table: an organ that nobody drew is
-    not context.
+    not context. A structure that was drawn is what it is, whatever else the case annotates.
 
     Parameters
     ----------
     case : Case
         Of ``find_cases``.
     classes : ClassTable
-        Classes to draw.
+        The classes of the model.
     grid : ModelGrid
-        Where positions lie.
-    n_per_class : sequence of int
-        Most positions of each class, in label order.
-    seed : sequence of int
-        Seed of ``numpy.random.default_rng``.
+        The grid to bring the case to.
+    nuisance : mapping of str to int, optional
+        Of ``dataset_nuisance``: structures beside the table, which get labels of their own.
 
     Raises
     ------
@@ -288,12 +320,11 @@ def draw_examples(
     """
     scan = read_scan(case.image)
     volume = scan.volume
-    labelled = case_labels(case, classes, volume)
+    labelled = case_labels(case, classes, volume, nuisance)
     grid_volume = on_model_grid(case.image, volume, grid)
     labels = resample_labels(volume.orientation.working(labelled.labels), grid_volume)
     labels = _with_context(labels, labelled, classes, grid_volume)
-    positions, drawn = sample_positions(labels, dict(enumerate(n_per_class)), seed)
-    return Examples(grid_volume, positions, drawn, (*scan.warnings, *labelled.warnings))
+    return LabelledScan(grid_volume, labels, (*scan.warnings, *labelled.warnings))
 
 
 def _with_context(

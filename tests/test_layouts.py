@@ -410,7 +410,7 @@ def test_nuisance_gets_labels_after_the_classes(tmp_path: Path, kind: str) -> No
     by_slice = [DEFAULT.index("liver"), 23, 24, 24, found.doubtful, found.unlabelled]
     np.testing.assert_array_equal(found.labels, np.broadcast_to(by_slice, SHAPE))
     coarse = case_labels(case, DEFAULT, volume_of())
-    by_slice[1:4] = [coarse.unlabelled] * 3
+    by_slice[1:5] = [coarse.unlabelled] * 4
     np.testing.assert_array_equal(coarse.labels, np.broadcast_to(by_slice, SHAPE))
     assert coarse.missing == found.missing
 

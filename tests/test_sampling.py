@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import naive
@@ -19,10 +20,10 @@ from organfast.layouts import Case, find_cases
 from organfast.levels import levels_slab
 from organfast.nifti import Geometry, write_labels, write_volume
 from organfast.sampling import (
-    Examples,
+    LabelledScan,
     Split,
-    draw_examples,
     features_at,
+    labelled_scan,
     on_model_grid,
     sample_positions,
     slabs_at,
@@ -71,6 +72,72 @@ def test_the_seed_decides_and_memory_order_does_not() -> None:
     other, _ = sample_positions(labels, {1: 50, 2: 50}, [3, 2])
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 7)),
+    n=st.integers(1, 30),
+    share=st.floats(0, 1),
+    fortran=st.booleans(),
+)
+def test_weighted_positions_carry_their_label_and_never_repeat(
+    shape: tuple[int, int, int], n: int, share: float, fortran: bool
+) -> None:
+    rng = np.random.default_rng(n)
+    labels = rng.integers(0, 3, shape).astype(np.uint8)
+    labels = np.asfortranarray(labels) if fortran else labels
+    weights = rng.choice([0, 0.2, 1], shape)
+    kept = labels.copy(), weights.copy()
+    positions, classes = sample_positions(labels, {0: n, 2: n}, 1, weights, share)
+    np.testing.assert_array_equal(labels[tuple(positions.T)], classes)
+    assert len(np.unique(positions, axis=0)) == len(positions)
+    for label in (0, 2):
+        assert (classes == label).sum() == min(n, (labels == label).sum())
+    np.testing.assert_array_equal(labels, kept[0])
+    np.testing.assert_array_equal(weights, kept[1])
+    again, _ = sample_positions(np.ascontiguousarray(labels), {0: n, 2: n}, 1, weights, share)
+    np.testing.assert_array_equal(positions, again)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_weights_draw_the_hard_and_the_rest_is_even(share: float) -> None:
+    labels = np.zeros((4, 50, 50), np.uint8)
+    labels[1:3] = 1
+    weights = np.zeros(labels.shape, np.float32)
+    weights[:, 40:] = 1
+    weights[:, 45:] = 3
+    weights[3] = 100  # not of this label
+    # 200 of 5000: few enough that what is drawn hardly changes what is left.
+    drawn = np.zeros(labels.shape)
+    for seed in range(40):
+        positions, _ = sample_positions(labels, {1: 200}, seed, weights, share)
+        drawn[tuple(positions.T)] += 1
+    assert drawn[[0, 3]].sum() == 0
+    easy, hard, hardest = (drawn[:, s].sum() for s in (slice(40), slice(40, 45), slice(45, 50)))
+    n = 40 * 200
+    np.testing.assert_allclose(easy, n * (1 - share) * 0.8, atol=150)
+    np.testing.assert_allclose(hard, n * ((1 - share) * 0.1 + share * 0.25), atol=250)
+    np.testing.assert_allclose(hardest, n * ((1 - share) * 0.1 + share * 0.75), atol=250)
+
+
+def test_weights_of_nothing_draw_as_none_would() -> None:
+    labels = np.ones((2, 9, 9), np.uint8)
+    plain, _ = sample_positions(labels, {1: 20}, 7)
+    unused, _ = sample_positions(labels, {1: 20}, 7, np.ones(labels.shape), 0.0)
+    np.testing.assert_array_equal(plain, unused)
+    none, _ = sample_positions(labels, {1: 20}, 7, np.zeros(labels.shape), 1.0)
+    assert len(np.unique(none, axis=0)) == 20
+
+
+def test_weights_that_are_none_are_refused() -> None:
+    labels = np.ones((2, 3, 4), np.uint8)
+    for weights in (np.ones((2, 3, 3)), np.full((2, 3, 4), -1.0), np.full((2, 3, 4), np.nan)):
+        with pytest.raises(ValueError, match="weights of shape"):
+            sample_positions(labels, {1: 2}, 0, weights)
+    for share in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="weighted_share is"):
+            sample_positions(labels, {1: 2}, 0, np.ones(labels.shape), share)
 
 
 @settings(deadline=None, max_examples=40)
@@ -147,50 +214,59 @@ def case_of(folder: Path, organs: Sequence[str], flip: bool = False) -> Case:
     return case
 
 
-def hu_at(examples: Examples) -> np.ndarray:
-    return examples.grid_volume.hu[tuple(examples.positions.T)]
+@dataclass(frozen=True)
+class Drawn:
+    """Positions of a scan, with their labels and voxels."""
+
+    positions: np.ndarray
+    labels: np.ndarray
+    hu: np.ndarray
+
+
+def draw(scan: LabelledScan, n_of_each: Sequence[int], seed: int = 0) -> Drawn:
+    positions, labels = sample_positions(scan.labels, dict(enumerate(n_of_each)), seed)
+    return Drawn(positions, labels, scan.grid_volume.hu[tuple(positions.T)])
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_examples_lie_where_their_label_is(flip: bool, tmp_path: Path) -> None:
     case = case_of(tmp_path, ["liver", "spleen"], flip)
-    examples = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 0))
-    organs, outside = examples.labels >= 2, examples.labels == 0
-    np.testing.assert_array_equal(hu_at(examples)[organs] // 100 + 1, examples.labels[organs])
-    assert (hu_at(examples)[outside] < -500).all()
+    found = draw(labelled_scan(case, CLASSES, ModelGrid(None)), [5, 30, 10, 10**6])
+    organs, outside = found.labels >= 2, found.labels == 0
+    np.testing.assert_array_equal(found.hu[organs] // 100 + 1, found.labels[organs])
+    assert (found.hu[outside] < -500).all()
     # The rest of the body ends within a raster step of the skin.
-    assert (hu_at(examples)[examples.labels == 1] < 100).all()
-    assert examples.positions[examples.labels == 1, 1].min() >= 2
+    assert (found.hu[found.labels == 1] < 100).all()
+    assert found.positions[found.labels == 1, 1].min() >= 2
     n_spleen = int((label_map() == CLASSES.index("spleen")).sum())
-    np.testing.assert_array_equal(np.bincount(examples.labels), [5, 30, 10, n_spleen])
-    assert len(np.unique(examples.positions, axis=0)) == len(examples.positions)
-    again = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 0))
-    np.testing.assert_array_equal(again.positions, examples.positions)
-    other = draw_examples(case, CLASSES, ModelGrid(None), [5, 30, 10, 10**6], (0, 1))
-    assert (other.positions != examples.positions).any()
+    np.testing.assert_array_equal(np.bincount(found.labels), [5, 30, 10, n_spleen])
+    assert len(np.unique(found.positions, axis=0)) == len(found.positions)
 
 
 def test_storage_does_not_change_the_draw(tmp_path: Path) -> None:
-    drawn = [
-        draw_examples(
+    scans = [
+        labelled_scan(
             case_of(tmp_path / str(flip), ["liver", "spleen"], flip),
             CLASSES,
             ModelGrid((2.0, 2.0, 5.0)),
-            [20] * 4,
-            (0, 0),
         )
         for flip in (False, True)
     ]
-    np.testing.assert_array_equal(drawn[0].positions, drawn[1].positions)
-    np.testing.assert_array_equal(drawn[0].labels, drawn[1].labels)
-    np.testing.assert_array_equal(drawn[0].grid_volume.hu, drawn[1].grid_volume.hu)
+    one, other = (draw(scan, [20] * 4) for scan in scans)
+    np.testing.assert_array_equal(one.positions, other.positions)
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_array_equal(scans[0].grid_volume.hu, scans[1].grid_volume.hu)
 
 
 def test_on_a_working_grid_examples_lie_in_their_organ(tmp_path: Path) -> None:
     case = case_of(tmp_path, ["liver", "spleen"])
-    examples = draw_examples(case, CLASSES, ModelGrid((2.0, 2.0, 2.5)), [50] * 4, (0, 0))
-    scan, labels = examples.grid_volume, label_map().transpose(2, 1, 0)
-    nearest = np.floor(np.array(scan.offset) + np.array(scan.step) * examples.positions + 0.5)
+    scan = labelled_scan(case, CLASSES, ModelGrid((2.0, 2.0, 2.5)))
+    examples, volume, labels = (
+        draw(scan, [50] * 4),
+        scan.grid_volume,
+        label_map().transpose(2, 1, 0),
+    )
+    nearest = np.floor(np.array(volume.offset) + np.array(volume.step) * examples.positions + 0.5)
     found, organs = labels[tuple(nearest.astype(int).T)], examples.labels >= 2
     np.testing.assert_array_equal(found[organs], examples.labels[organs])
     assert (found[~organs] < 2).all()
@@ -199,9 +275,21 @@ def test_on_a_working_grid_examples_lie_in_their_organ(tmp_path: Path) -> None:
 def test_an_organ_that_nobody_drew_is_not_context(tmp_path: Path) -> None:
     """Without the spleen's mask, voxels of the rest of the body may be spleen."""
     case = case_of(tmp_path, ["liver"])
-    examples = draw_examples(case, CLASSES, ModelGrid(None), [20] * 4, (0, 0))
-    np.testing.assert_array_equal(np.bincount(examples.labels, minlength=4), [20, 0, 20, 0])
-    assert (hu_at(examples)[examples.labels == 0] < -500).all()
+    found = draw(labelled_scan(case, CLASSES, ModelGrid(None)), [20] * 4)
+    np.testing.assert_array_equal(np.bincount(found.labels, minlength=4), [20, 0, 20, 0])
+    assert (found.hu[found.labels == 0] < -500).all()
+
+
+def test_what_was_drawn_is_no_organ_whatever_else_was(tmp_path: Path) -> None:
+    """Without a liver, and with a spleen beside the table, there is no context but the spleen."""
+    table = ClassTable.from_names(["liver"])
+    case = case_of(tmp_path, ["spleen"])
+    scan = labelled_scan(case, table, ModelGrid(None), {"spleen": 1})
+    spleen = label_map().transpose(2, 1, 0) == CLASSES.index("spleen")
+    np.testing.assert_array_equal(scan.labels == len(table), spleen)
+    assert set(np.unique(scan.labels)) == {0, len(table), np.iinfo(scan.labels.dtype).max}
+    with_liver = labelled_scan(case_of(tmp_path / "2", ["liver", "spleen"]), table, ModelGrid(None))
+    assert set(np.unique(with_liver.labels)) == {0, 1, 2}
 
 
 def test_a_scan_too_large_for_the_grid_is_named(tmp_path: Path) -> None:
