@@ -523,3 +523,88 @@ def refined_slabs(answers, inside, margin, disagreement):
         asked[position] = is_coarse or in_doubt
         out[position] = answers[position] if asked[position] else mean
     return out, asked
+
+
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def organ_histograms(hu, organs, hu_of, counts):
+    for organ in range(1, len(counts)):
+        for unit in hu[organs == organ]:
+            n = int((hu_of[int(unit) + 32768] + 1024) // 4)
+            counts[organ, min(n, counts.shape[1] - 1)] += 1
+
+
+def in_units(hu, unit_of):
+    return np.interp(max(hu, -1024), np.arange(-32768, 32768), unit_of)
+
+
+def organ_change(hu, look):
+    offset, contrast, middle = (float(value) for value in look)
+    texture = np.interp(hu - middle, [-160, -80, 80, 160], [0, -80, 80, 0])
+    return np.interp(hu, [-1000, -800], [0, 1]) * (offset + contrast * texture)
+
+
+def recolour_slice(hu, organs, k, look, hu_of, unit_of):
+    """Every voxel asks all 27 neighbours."""
+    padded = np.pad(organs, 1, mode="edge")
+    shares = [0.25, 0.5, 0.25]
+    out = np.empty(hu.shape[1:], np.int16)
+    for i, j in np.ndindex(out.shape):
+        old = new = float(hu_of[int(hu[k, i, j]) + 32768])
+        around = padded[k : k + 3, i : i + 3, j : j + 3]
+        for (a, b, c), organ in np.ndenumerate(around):
+            if organ:
+                share = shares[a] * shares[b] * shares[c]
+                new += share * organ_change(old, look[organ])
+        out[i, j] = np.floor(in_units(new, unit_of) + 0.5)
+    return out
+
+
+def at_fraction(volume, place):
+    """Trilinear value of an array (n_k, n_i, n_j, ...) at a fractional place inside it."""
+    low = [min(int(p), n - 2) if n > 1 else 0 for p, n in zip(place, volume.shape, strict=False)]
+    total = 0.0
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod([1 - abs(p - a - c) for p, a, c in zip(place, low, corner, strict=True)])
+        if weight > 0:
+            total = total + weight * volume[tuple(np.add(low, corner))]
+    return total
+
+
+def deform_slice(hu, labels, k, placement, lattice, pitch, air, unknown, shape):
+    """One voxel after the other, in a scan with a frame of air around each slice."""
+    framed = np.pad(hu.astype(float), ((0, 0), (2, 2), (2, 2)), constant_values=air)
+    page, out_labels = np.empty(shape), np.empty(shape, labels.dtype)
+    for i, j in np.ndindex(shape):
+        p = placement @ [k, i, j, 1] + at_fraction(lattice.astype(float), pitch * [k, i, j])
+        near = np.floor(p + 0.5).astype(int)
+        inside = (near >= 0) & (near < hu.shape)
+        out_labels[i, j] = 0 if inside[0] else unknown
+        if inside.all():
+            out_labels[i, j] = labels[tuple(near)]
+        z = np.clip(p[0], 0, len(hu) - 1)
+        y, x = (np.clip(p[n] + 2, 0, framed.shape[n] - 1) for n in (1, 2))
+        page[i, j] = at_fraction(framed, (z, y, x))
+    return page, out_labels
+
+
+def random_normal(seed, n):
+    """Sum of the quarters of splitmix64's number n, in Python's own integers."""
+    whole = (1 << 64) - 1
+    z = (seed + (n + 1) * 0x9E3779B97F4A7C15) & whole
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & whole
+    quarters = [((z ^ (z >> 31)) >> n) & 0xFFFF for n in (0, 16, 32, 48)]
+    return (sum(quarters) - 2 * 65535) / np.sqrt(4 * (65536**2 - 1) / 12)
+
+
+def finish_page(page, k, noise_hu, seed, hu_of, unit_of):
+    out = np.empty(page.shape, np.int16)
+    for n, (i, j) in enumerate(np.ndindex(page.shape), start=k * page.size):
+        value = float(page[i, j])
+        if noise_hu:
+            hu = np.interp(value, np.arange(-32768, 32768), hu_of)
+            value = in_units(hu + noise_hu * random_normal(seed, n), unit_of)
+        out[i, j] = np.floor(value + 0.5)
+    return out

@@ -17,7 +17,7 @@ COLUMNS = [
     ["anatomy", "volume"],
     ["nifti", "layouts", "phantom", "torso", "painting"],
     ["grid", "levels", "body"],
-    ["blocks", "sampling"],
+    ["blocks", "sampling", "augmentation"],
     ["models.classifier", "models.forest"],
     ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay"],
