@@ -8,7 +8,7 @@ split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -385,7 +385,10 @@ def slabs_at(
 
 
 def features_at(
-    grid_volume: GridVolume, pattern: Pattern, positions: NDArray[np.int32]
+    grid_volume: GridVolume,
+    pattern: Pattern,
+    positions: NDArray[np.int32],
+    jitter: Callable[[int], NDArray[np.int32]] | None = None,
 ) -> NDArray[np.float32]:
     """Features of a pattern at scattered positions, (n, n_features) float32, copied.
 
@@ -397,8 +400,12 @@ def features_at(
         What is read around a position.
     positions : (n, 3) int32
         (k, i, j) voxels of the model grid.
+    jitter : callable, optional
+        Called with a slice k; the offsets (n_features, 4) to read around its positions instead of
+        the pattern's, within the pattern's reach.
     """
     features = np.empty((len(positions), pattern.n_features), np.float32)
     for rows, slab, local in slabs_at(grid_volume, pattern, positions):
-        features[rows] = gather_features(slab, pattern.offsets, local)
+        offsets = pattern.offsets if jitter is None else jitter(int(positions[rows[0], 0]))
+        features[rows] = gather_features(slab, offsets, local)
     return features

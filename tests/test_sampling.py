@@ -340,6 +340,20 @@ def test_features_at_scattered_positions_are_those_of_the_whole_volume(
     np.testing.assert_array_equal(found, expected)
 
 
+def test_jittered_features_are_read_at_the_offsets_of_their_slice(scan: GridVolume) -> None:
+    pattern = Block(3, slices=3)
+    positions = np.random.default_rng(6).permutation(everywhere(scan))[:80]
+
+    def jitter(k: int) -> np.ndarray:
+        return pattern.offsets[:: -1 if k % 2 else 1]
+
+    found = features_at(scan, pattern, positions, jitter)
+    plain = features_at(scan, pattern, positions)
+    odd = positions[:, 0] % 2 == 1
+    np.testing.assert_array_equal(found[~odd], plain[~odd])
+    np.testing.assert_array_equal(found[odd], plain[odd][:, ::-1])
+
+
 def test_no_position_has_no_features(scan: GridVolume) -> None:
     none = np.empty((0, 3), np.int32)
     assert features_at(scan, Block(3), none).shape == (0, 9)
