@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from organfast.organs import Organ
     from organfast.pipeline import Settings
     from organfast.progress import Progress
+    from organfast.refinement import Refine
     from organfast.results import Result
     from organfast.sampling import Split
+    from organfast.verification import Verification
 
 EXIT_INPUT, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
 
@@ -50,6 +54,20 @@ ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast fil
 Stride = Annotated[
     str | None,
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
+]
+CoarseToFine = Annotated[
+    bool,
+    typer.Option(
+        "--coarse-to-fine",
+        help="Ask at every second position first, then only where that leaves a doubt; "
+        "`organfast verify` tells what it changes.",
+    ),
+]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="With --coarse-to-fine: doubt where the best class leads by less than this."
+    ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
@@ -255,6 +273,15 @@ def segment(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write a full-size map per organ kept.")
     ] = False,
+    coarse_to_fine: CoarseToFine = False,
+    margin: Margin = None,
+    labels_only: Annotated[
+        bool,
+        typer.Option(
+            "--labels-only",
+            help="No confidence: the same labels sooner, at stride 1 with a native model.",
+        ),
+    ] = False,
     preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -281,6 +308,8 @@ def segment(
         body_mask=body_mask,
         keep_context=context,
         probabilities=kept,
+        refine=_refine(coarse_to_fine, margin),
+        confidence=not labels_only,
     )
 
     def save(result: Result, target: Path) -> None:
@@ -300,15 +329,50 @@ def locate(
     as_json: AsJson = False,
 ) -> None:
     """Say where each organ is, from half as many positions as segmenting asks for."""
+    from organfast.models.classifier import load_model
     from organfast.organs import organs_json
-    from organfast.pipeline import Settings
-    from organfast.pipeline import locate as find
+    from organfast.pipeline import Settings, half_as_dense
+    from organfast.pipeline import segment as find
 
-    organs = find(scan, model, Settings(stride=_stride(stride)), threads=threads)
+    loaded = load_model(model)
+    settings = half_as_dense(Settings(stride=_stride(stride)), loaded)
+    result = find(scan, loaded, settings, threads=threads)
+    _warn(scan, result.warnings)
     if as_json:
-        print(organs_json(organs), end="")
+        print(organs_json(result.organs), end="")
         return
-    _organ_table(organs.values())
+    _organ_table(result.organs.values())
+
+
+@app.command()
+def verify(
+    scan: Annotated[Path, typer.Argument(help="A scan (.nii, .nii.gz).")],
+    model: ModelFile,
+    coarse_to_fine: CoarseToFine = False,
+    margin: Margin = None,
+    stride: Stride = None,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a shortcut changes: a scan segmented with it and without it, compared.
+
+    The shortcut is --coarse-to-fine, a --stride, or both; without it, the model's own stride is
+    used and every position is asked.
+    """
+    from organfast.pipeline import Settings
+    from organfast.verification import verify as compare
+
+    refine = _refine(coarse_to_fine, margin)
+    if refine is None and stride is None:
+        raise ValueError("there is no shortcut to verify; give --coarse-to-fine or --stride")
+    settings = Settings(stride=_stride(stride), refine=refine)
+    with _progress() as progress:
+        found = compare(scan, model, settings, threads=threads, progress=progress)
+    _warn(scan, found.warnings)
+    if as_json:
+        _json(found.to_dict())
+        return
+    _verified(found)
 
 
 @app.command()
@@ -390,6 +454,16 @@ def _stride(text: str | None) -> int | tuple[int, int, int] | None:
     raise ValueError(f"--stride {text} has {len(numbers)} numbers; give N or COLS,ROWS,SLICES")
 
 
+def _refine(coarse_to_fine: bool, margin: float | None) -> Refine | None:
+    from organfast.refinement import Refine
+
+    if not coarse_to_fine:
+        if margin is not None:
+            raise ValueError("--margin says where --coarse-to-fine asks; give that, too")
+        return None
+    return Refine() if margin is None else Refine(margin)
+
+
 def _three_lengths(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(part) for part in text.split(","))
@@ -462,9 +536,12 @@ def _segment_all(
     threads: int,
     as_json: bool,
 ) -> int:
-    """Segment and save each scan; a failed one is one line, the rest goes on. Returns failures."""
+    """Segment each scan, and save it while the next one is segmented. Returns failures.
+
+    A failed scan is one line, and the rest goes on.
+    """
     from organfast.pipeline import segment_many
-    from organfast.results import check_target
+    from organfast.results import check_target, saving
 
     writable: dict[Path, Path] = {}
     for path, target in targets.items():
@@ -483,33 +560,49 @@ def _segment_all(
         next(due)
         _complain(str(error))
 
-    with _progress() as progress:
+    def written(announce: Callable[[], None], error: InputError | None) -> None:
+        nonlocal failed
+        if error is None:
+            announce()
+        else:
+            failed += 1
+            _complain(str(error))
+
+    with _progress() as progress, saving() as save_behind:
         results = segment_many(
             writable, model, settings, threads=threads, on_error=fail, progress=progress
         )
         for result in results:
             path, target = next(due)
-            try:
-                save(result, target)
-            except InputError as error:
-                failed += 1
-                _complain(str(error))
-                continue
-            for warning in result.warnings:
-                _complain(f"{path}: warning: {warning}")
-            _announce(path, target, result, as_json)
+            announce = partial(_announce, path, target, _Told.of(result), as_json)
+            save_behind(partial(save, result, target), partial(written, announce))
+            # Else it would stay in memory, though written, until the next one is there.
+            del result
     return failed
 
 
-def _announce(path: Path, target: Path, result: Result, as_json: bool) -> None:
-    present = [organ for organ in result.organs.values() if organ.present]
+@dataclass(frozen=True)
+class _Told:
+    """What is said of a result once it is written, without its arrays."""
+
+    organs: tuple[Organ, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @staticmethod
+    def of(result: Result) -> _Told:
+        present = tuple(organ for organ in result.organs.values() if organ.present)
+        return _Told(present, result.warnings, sum(result.timings["seconds"].values()))
+
+
+def _announce(path: Path, target: Path, told: _Told, as_json: bool) -> None:
+    _warn(path, told.warnings)
     if as_json:
-        volumes = {organ.name: round(organ.volume_ml, 3) for organ in present}
+        volumes = {organ.name: round(organ.volume_ml, 3) for organ in told.organs}
         _json({"input": str(path), "output": str(target), "organs_ml": volumes}, indent=None)
         return
-    _organ_table(present)
-    seconds = sum(result.timings["seconds"].values())
-    print(f"{path}: {len(present)} organs in {seconds:.1f} s -> {target}")
+    _organ_table(told.organs)
+    print(f"{path}: {len(told.organs)} organs in {told.seconds:.1f} s -> {target}")
 
 
 # --- printing -------------------------------------------------------------------------------------
@@ -547,6 +640,11 @@ def _complain(text: str) -> None:
     print(f"organfast: {line}", file=sys.stderr)
 
 
+def _warn(path: Path, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        _complain(f"{path}: warning: {warning}")
+
+
 def _json(content: Any, indent: int | None = 1) -> None:
     print(json.dumps(content, indent=indent))
 
@@ -580,6 +678,29 @@ def _organ_table(organs: Iterable[Organ]) -> None:
             )
         )
     _table(("organ", "volume ml", "confidence", "centre x y z mm (RAS)", "cut off at"), rows)
+
+
+def _verified(found: Verification) -> None:
+    rows = [
+        (
+            organ.name,
+            _number(organ.dice, 4),
+            _number(organ.shift_mm, 2),
+            *(f"{ml:.1f}" for ml in organ.volumes_ml),
+        )
+        for organ in found.agreement.organs
+    ]
+    _table(("organ", "Dice", "centre moved by mm", "full grid ml", "shortcut ml"), rows)
+    everywhere, in_organs = found.agreement.differing, found.agreement.differing_in_organs
+    full, short = found.seconds
+    print(f"labels that differ: {_percent(everywhere)} of all voxels,")
+    print(f"  {_percent(in_organs)} of those that are an organ in either")
+    print(f"positions asked: {found.asked[1]} of {found.asked[0]}, {_percent(found.share_asked)}")
+    print(f"classified in {short:.2f} s instead of {full:.2f} s: {found.time_ratio:.1f}x as fast")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def _described(model: Model) -> dict[str, Any]:

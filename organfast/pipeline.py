@@ -1,7 +1,18 @@
-"""The flow, read from top to bottom: segment a scan, segment many, locate organs."""
+"""The flow, read from top to bottom: segment a scan, segment many, locate organs.
+
+::
+
+    reader, one thread    | read s2    | read s3    |
+    pool, ``threads``     | segment s1 | segment s2 | ...      one pool for all scans of a call
+    writer, one thread    |            | save s1    |          where ``results.saving`` is used
+
+``threads`` is what computes. The reader (file and gunzip) and the writer (gzip and files) are lanes
+of input and output beside it, a scan each, so that at most three scans are in memory.
+"""
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections import deque
@@ -11,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +37,7 @@ from organfast.nifti import Scan, as_scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
     Enlargement,
+    Slab,
     SliceClassifier,
     Workers,
     label_volume,
@@ -34,7 +45,8 @@ from organfast.probability import (
     probability_slabs,
 )
 from organfast.progress import Progress, silent
-from organfast.results import Result
+from organfast.refinement import Refine, Visits, refined_slabs
+from organfast.results import Result, peak_memory_mb, too_large
 from organfast.sampling import on_model_grid
 from organfast.segmentation import Cleaning, clean
 from organfast.volume import Volume
@@ -42,7 +54,7 @@ from organfast.volume import Volume
 FAR_SPACING = 1.25
 _END = object()
 
-__all__ = ["Settings", "locate", "segment", "segment_many"]
+__all__ = ["Settings", "half_as_dense", "locate", "segment", "segment_many"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,20 @@ class Settings:
         Leave the context classes in the label map, which otherwise holds organs only.
     probabilities : tuple of str
         Organs whose probabilities are kept, so that ``Result.probability`` need not recompute.
+    refine : Refine or None
+        Coarse to fine: ask at every second position along each axis, and at the others only where
+        those around them leave a doubt. None asks everywhere. What it changes, ``verify`` tells.
+    confidence : bool
+        Measure how probable the labels are. Without it each position is asked for its label alone,
+        and a forest stops as soon as the trees that are left cannot change it: the same labels,
+        sooner. Only on a scan's own pixels, at stride 1 and where nothing else needs
+        probabilities; an organ is then present by its volume alone.
 
     Raises
     ------
     ValueError
-        The stride is not made of whole numbers from 1, or one name stands where a tuple belongs.
+        The stride is not made of whole numbers from 1, one name stands where a tuple belongs, or
+        labels alone are asked for together with what needs probabilities.
     """
 
     stride: int | tuple[int, int, int] | None = None
@@ -77,6 +98,8 @@ class Settings:
     body_mask: bool = True
     keep_context: bool = False
     probabilities: tuple[str, ...] = ()
+    refine: Refine | None = None
+    confidence: bool = True
 
     def __post_init__(self) -> None:
         strides = self.stride if isinstance(self.stride, (tuple, list)) else (self.stride,) * 3
@@ -91,6 +114,9 @@ class Settings:
             names = getattr(self, name)
             if isinstance(names, str):
                 raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
+        if not self.confidence and (self.probabilities or self.refine):
+            wish = "probability maps" if self.probabilities else "coarse to fine"
+            raise ValueError(f"labels alone leave no probabilities for {wish}; give up one of them")
 
 
 # --- segmenting -----------------------------------------------------------------------------------
@@ -132,7 +158,10 @@ def segment(
         The settings do not fit the model.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    return _segment(_read(scan), model, settings or Settings(), threads, progress)
+    settings = settings or Settings()
+    _check_labels_alone(settings, model)
+    with Workers(threads) as workers:
+        return _segment(_read(scan), model, settings, workers, progress)
 
 
 def segment_many(
@@ -146,6 +175,8 @@ def segment_many(
 ) -> Iterator[Result]:
     """Segment scans one after the other; the next one is read while this one computes.
 
+    To save each while the next one computes, see :func:`organfast.results.saving`.
+
     Parameters
     ----------
     scans : iterable
@@ -155,10 +186,10 @@ def segment_many(
     settings : Settings, optional
         How to segment.
     threads : int
-        Threads of the computation; one more reads.
+        Threads of the computation, the same for all scans; one more reads.
     on_error : callable, optional
-        Called with the reason when a scan cannot be used; the rest goes on. Without it the
-        error is raised.
+        Called with the reason when a scan cannot be used or takes more memory than there is; the
+        rest goes on. Without it the error is raised.
     progress : callable, optional
         Called with (what, done, total) for each scan.
 
@@ -178,18 +209,25 @@ def segment_many(
         raise ValueError(f"scans is one path, {str(scans)!r}; give a list of them")
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
-    with ThreadPoolExecutor(1, thread_name_prefix="organfast-read") as reader:
-        ahead: deque[Future[_Input]] = deque()
+    _check_labels_alone(settings, model)
+    with (
+        Workers(threads) as workers,
+        ThreadPoolExecutor(1, thread_name_prefix="organfast-read") as reader,
+    ):
+        ahead: deque[tuple[Any, Future[_Input]]] = deque()
         for source in chain(scans, [_END]):
             if source is not _END:
-                ahead.append(reader.submit(_read, source))
+                ahead.append((source, reader.submit(_read, source)))
             if len(ahead) > 1 or (source is _END and ahead):
+                given, reading = ahead.popleft()
                 try:
-                    yield _segment(ahead.popleft().result(), model, settings, threads, progress)
-                except InputError as error:
+                    # No name is given to the result, which would keep it while the next computes.
+                    yield _segment(reading.result(), model, settings, workers, progress)
+                except (InputError, MemoryError) as error:
                     if on_error is None:
                         raise
-                    on_error(error)
+                    on_error(error if isinstance(error, InputError) else too_large(_name(given)))
+                del reading
 
 
 def locate(
@@ -223,11 +261,24 @@ def locate(
         The scan or the model cannot be used.
     """
     model = model if isinstance(model, Model) else load_model(model)
+    return segment(scan, model, half_as_dense(settings, model), threads=threads).organs
+
+
+def half_as_dense(settings: Settings | None, model: Model) -> Settings:
+    """Settings to locate with: half as many positions along each axis as the model's own.
+
+    Parameters
+    ----------
+    settings : Settings or None
+        A stride given here stays as it is.
+    model : Model
+        Whose stride is doubled.
+    """
     settings = settings or Settings()
-    if settings.stride is None:
-        k, i, j = model.stride
-        settings = replace(settings, stride=(2 * j, 2 * i, 2 * k))
-    return segment(scan, model, settings, threads=threads).organs
+    if settings.stride is not None:
+        return settings
+    k, i, j = model.stride
+    return replace(settings, stride=(2 * j, 2 * i, 2 * k))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,16 +291,18 @@ class _Input:
     seconds: float
 
 
+def _name(source: Any) -> str:
+    return fspath(source) if isinstance(source, (str, PathLike)) else "the given scan"
+
+
 def _read(source: Any) -> _Input:
     start = time.perf_counter()
-    is_path = isinstance(source, (str, PathLike))
-    digest = file_digest(source) if is_path else None
-    name = fspath(source) if is_path else "the given scan"
-    return _Input(name, as_scan(source), digest, time.perf_counter() - start)
+    digest = file_digest(source) if isinstance(source, (str, PathLike)) else None
+    return _Input(_name(source), as_scan(source), digest, time.perf_counter() - start)
 
 
 def _segment(
-    given: _Input, model: Model, settings: Settings, threads: int, progress: Progress
+    given: _Input, model: Model, settings: Settings, workers: Workers, progress: Progress
 ) -> Result:
     volume, classes = given.scan.volume, model.classes
     wanted = _wanted_labels(classes, settings)
@@ -258,30 +311,36 @@ def _segment(
     # In working order, whatever the order of the file: the kernels write along memory.
     shape = volume.working.shape
     labels: NDArray[Any] = np.zeros(shape, np.uint8 if len(classes) <= 256 else np.uint16)
-    confidence = np.zeros(shape, np.uint8)
+    confidence = np.zeros(shape, np.uint8) if settings.confidence else None
 
-    with Workers(threads) as workers:
-        with _timed(seconds, "model grid and body"):
-            flow = _Flow.prepare(given, model, settings, threads)
-        with _timed(seconds, "classify and enlarge"):
+    visits = Visits()
+    with _timed(seconds, "model grid and body"):
+        flow = _Flow.prepare(given, model, settings, workers)
+    with _timed(seconds, "classify and enlarge"):
+        if confidence is None:
+            evidence = None
+            flow.label_alone(labels, workers, visits, progress)
+        else:
             evidence = label_volume(
-                flow.slabs(workers, progress),
+                flow.slabs(workers, visits, progress),
                 flow.enlargement,
                 labels,
                 workers,
                 confidence=confidence,
                 keep=kept,
             )
+    maps = evidence.maps if evidence else {}
     with _timed(seconds, "clean"):
         cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
-        organs = measure_organs(labels, confidence, volume, classes, evidence.position)
+        position = evidence.position if evidence else None
+        organs = measure_organs(labels, confidence, volume, classes, position)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         _clear_unwanted(labels, wanted, classes)
     return Result(
         scan=given.scan,
         labels=volume.orientation.stored(labels),
-        confidence=volume.orientation.stored(confidence),
+        confidence=None if confidence is None else volume.orientation.stored(confidence),
         organs=organs,
         classes=classes,
         record={
@@ -290,11 +349,16 @@ def _segment(
             "model": model.digest,
             "input": given.digest,
             "settings": {**asdict(settings), "stride": flow.block_grid.stride[::-1]},
+            "positions": {**asdict(visits), "share_asked": visits.share},
             "cleaned": cleaned,
             "warnings": [*given.scan.warnings, *flow.warnings],
         },
-        timings={"threads": threads, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()},
-        probability_map=lambda name: flow.probability_map(name, evidence.maps, threads),
+        timings={
+            "threads": workers.threads,
+            "seconds": seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        },
+        probability_map=lambda name: flow.probability_map(name, maps, workers.threads),
     )
 
 
@@ -304,6 +368,7 @@ class _Flow:
 
     volume: Volume
     model: Model
+    settings: Settings
     grid_volume: GridVolume
     block_grid: BlockGrid
     mask: NDArray[np.bool_] | None
@@ -311,9 +376,9 @@ class _Flow:
     warnings: tuple[str, ...]
 
     @staticmethod
-    def prepare(given: _Input, model: Model, settings: Settings, threads: int) -> _Flow:
+    def prepare(given: _Input, model: Model, settings: Settings, workers: Workers) -> _Flow:
         volume = given.scan.volume
-        grid_volume = on_model_grid(given.name, volume, model.grid, threads)
+        grid_volume = on_model_grid(given.name, volume, model.grid, workers.threads)
         stride = _stride(settings.stride) if settings.stride is not None else model.stride
         block_grid = BlockGrid(grid_volume.shape, stride)
         mask = body_mask(grid_volume, block_grid) if settings.body_mask else None
@@ -321,18 +386,47 @@ class _Flow:
         if mask is not None and not mask.any():
             warnings = (*warnings, "no body was found in this scan, so no organ was looked for")
         enlargement = Enlargement.to_scan(block_grid, grid_volume, volume.working.shape)
-        return _Flow(volume, model, grid_volume, block_grid, mask, enlargement, warnings)
+        return _Flow(volume, model, settings, grid_volume, block_grid, mask, enlargement, warnings)
 
-    def slabs(
-        self, workers: Workers, progress: Progress = silent
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        total = self.block_grid.shape[0]
-        slices = SliceClassifier(
+    def slices(self, workers: Workers) -> SliceClassifier:
+        """The classifier on this scan."""
+        return SliceClassifier(
             self.grid_volume, self.model.classifier, self.model.pattern, self.block_grid, workers
         )
-        for n, slab in probability_slabs(slices, self.mask, workers):
+
+    def slabs(
+        self, workers: Workers, visits: Visits, progress: Progress = silent
+    ) -> Iterator[Slab]:
+        """Probabilities at the positions, slice after slice."""
+        slices, refine, total = self.slices(workers), self.settings.refine, self.block_grid.shape[0]
+        if refine is None:
+            self._visit_all(visits)
+            slabs = probability_slabs(slices, self.mask, workers)
+        else:
+            slabs = refined_slabs(slices, self.mask, refine, workers, visits)
+        for n, slab in slabs:
             yield n, slab
             progress("segmenting", n + 1, total)
+
+    def label_alone(
+        self, labels: NDArray[Any], workers: Workers, visits: Visits, progress: Progress
+    ) -> None:
+        """Write the label of each voxel, all of which are positions."""
+        slices, total = self.slices(workers), self.block_grid.shape[0]
+        masks = np.broadcast_to(np.True_, self.block_grid.shape) if self.mask is None else self.mask
+        self._visit_all(visits)
+
+        def write(n: int) -> int:
+            labels[n][masks[n]] = slices.labels(n, masks[n])  # type: ignore[attr-defined]
+            return n
+
+        for run in slices.runs():
+            for n in workers.in_order(write, run):
+                progress("segmenting", n + 1, total)
+
+    def _visit_all(self, visits: Visits) -> None:
+        n = math.prod(self.block_grid.shape) if self.mask is None else int(self.mask.sum())
+        visits.n_inside = visits.n_asked = n
 
     def probability_map(
         self, name: str, kept: Mapping[int, NDArray[np.float32]], threads: int
@@ -343,7 +437,8 @@ class _Flow:
         with Workers(threads) as workers:
             coarse = kept.get(label)
             if coarse is None:
-                coarse = np.stack([slab[..., label] for _, slab in self.slabs(workers)])
+                slabs = self.slabs(workers, Visits())
+                coarse = np.stack([slab[..., label] for _, slab in slabs])
             organ_map(coarse, self.enlargement, out, workers)
         return self.volume.orientation.stored(out)
 
@@ -352,6 +447,27 @@ def _stride(stride: int | tuple[int, int, int]) -> tuple[int, int, int]:
     """A user's stride (cols, rows, slices) as (k, i, j); an int visits every slice."""
     cols, rows, slices = stride if isinstance(stride, (tuple, list)) else (stride, stride, 1)
     return slices, rows, cols
+
+
+def _check_labels_alone(settings: Settings, model: Model) -> None:
+    """Refuse labels alone where a voxel's label is not one position's."""
+    if settings.confidence:
+        return
+    stride = _stride(settings.stride) if settings.stride is not None else model.stride
+    if model.grid.spacing_mm is not None:
+        raise ValueError(
+            "labels alone need a model that works on the scan's own pixels, and this one works on "
+            "a grid of {} x {} x {} mm; leave the confidence on, or train with native "
+            "spacing".format(*(f"{mm:g}" for mm in model.grid.spacing_mm))
+        )
+    if stride != (1, 1, 1):
+        raise ValueError(
+            f"labels alone need stride 1,1,1, for between positions a label is a blend of "
+            f"probabilities; the stride is {','.join(map(str, stride[::-1]))}: give 1, or leave "
+            "the confidence on"
+        )
+    if not hasattr(model.classifier, "labels"):
+        raise ValueError("this model's classifier gives no labels alone; leave the confidence on")
 
 
 def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:
@@ -390,16 +506,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-
-def _peak_memory_mb() -> float | None:
-    """Largest resident memory of this process so far; None where the system does not tell.
-
-    Linux's own count: ``getrusage`` includes what the parent held when it started this process.
-    """
-    try:
-        status = Path("/proc/self/status").read_text("utf-8")
-    except OSError:
-        return None
-    peaks = (row.split() for row in status.splitlines() if row.startswith("VmHWM:"))
-    return next((int(peak[1]) / 1024 for peak in peaks), None)

@@ -293,6 +293,7 @@ class Workers(ThreadPoolExecutor):
         if threads < 1:
             raise ValueError(f"threads is {threads}; use at least one")
         super().__init__(threads, thread_name_prefix="organfast")
+        self.threads = threads
         self.window = threads + 2
 
     def in_order(

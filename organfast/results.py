@@ -6,7 +6,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +23,15 @@ from organfast.errors import InputError
 from organfast.nifti import Scan, write_labels, write_probability
 from organfast.organs import Organ, organs_csv, organs_json
 
-__all__ = ["Result", "check_file_target", "check_target", "is_one_file"]
+__all__ = [
+    "Result",
+    "check_file_target",
+    "check_target",
+    "is_one_file",
+    "peak_memory_mb",
+    "saving",
+    "too_large",
+]
 
 RUN_RECORD = "run.json"
 # What a folder may hold to count as an earlier result, and be replaced.
@@ -43,8 +54,9 @@ class Result:
         The scan, and the geometry that outputs are written with.
     labels : (n_a, n_b, n_c) uint8 or uint16
         Label map, axes as stored by the scan; a label is a position in the class table.
-    confidence : (n_a, n_b, n_c) uint8
-        Probability of each voxel's label before cleaning, 255 for certain.
+    confidence : (n_a, n_b, n_c) uint8 or None
+        Probability of each voxel's label before cleaning, 255 for certain; None where labels alone
+        were asked for.
     organs : dict of str to Organ
         Every organ that was looked for, found or not.
     classes : ClassTable
@@ -52,14 +64,16 @@ class Result:
     record : dict
         What ``run.json`` will hold: the same for the same scan, model and settings.
     timings : dict
-        Seconds per stage and peak memory, kept apart so that results are reproducible.
+        Seconds by the clock for each stage, which in a batch share the machine with the reading of
+        the next scan and the saving of the last, and the peak memory of the process so far. Kept
+        apart so that results are reproducible.
     probability_map : callable
         From an organ's name to its full-size map; see :meth:`probability`.
     """
 
     scan: Scan
     labels: NDArray[np.uint8] | NDArray[np.uint16]
-    confidence: NDArray[np.uint8]
+    confidence: NDArray[np.uint8] | None
     organs: dict[str, Organ]
     classes: ClassTable
     record: Mapping[str, Any]
@@ -111,7 +125,7 @@ class Result:
         The folder holds ``segmentation.nii.gz`` on the scan's own grid, ``organs.json`` and
         ``organs.csv``, label tables for ITK-SNAP, 3D Slicer and JSON, ``run.json``,
         ``timings.json`` and pictures. It appears whole or not at all; the folder of an earlier
-        result is replaced, a folder with other content is refused.
+        result is replaced, a folder with other content is refused. Called from any thread.
 
         Parameters
         ----------
@@ -125,7 +139,8 @@ class Result:
         Raises
         ------
         InputError
-            The output cannot be written, or is a folder that holds something else.
+            The output cannot be written, for want of memory, too, or is a folder that holds
+            something else.
         ValueError
             An organ is not in the class table, or its map is to go into one file with the labels.
         """
@@ -136,7 +151,8 @@ class Result:
         if is_one_file(target):
             if probabilities:
                 raise ValueError(f"{target} is one file; give a folder to hold probabilities, too")
-            write_labels(target, self.labels, self.scan.geometry)
+            with _memory_for(target):
+                write_labels(target, self.labels, self.scan.geometry)
             return
         # A link goes on pointing at the result.
         place = target.resolve() if target.is_symlink() else target
@@ -147,7 +163,8 @@ class Result:
         except OSError as error:
             raise _unwritable(target, error) from None
         try:
-            self._write(beside, preview, probabilities)
+            with _memory_for(target):
+                self._write(beside, preview, probabilities)
             _swap(beside, place)
         except InputError as error:  # names the file as long as it lies beside
             raise InputError(target, error.problem, error.remedy) from None
@@ -157,6 +174,7 @@ class Result:
             shutil.rmtree(beside, ignore_errors=True)
 
     def _write(self, folder: Path, preview: bool, probabilities: Sequence[str]) -> None:
+        start = time.perf_counter()
         write_labels(folder / "segmentation.nii.gz", self.labels, self.scan.geometry)
         texts = {
             "organs.json": organs_json(self.organs),
@@ -167,7 +185,6 @@ class Result:
             "labels_itksnap.txt": self.classes.itksnap_table(),
             "labels_slicer.ctbl": self.classes.slicer_table(),
             RUN_RECORD: _json(self.record),
-            "timings.json": _json(self.timings),
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -177,6 +194,10 @@ class Result:
             (folder / "probabilities").mkdir()
         for name in probabilities:
             self._write_probability(folder / "probabilities", name, preview)
+        # Last, so that they count what was written.
+        seconds = {**self.timings["seconds"], "save": time.perf_counter() - start}
+        timings = {**self.timings, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
+        (folder / "timings.json").write_text(_json(timings), encoding="utf-8")
 
     def _draw(self, path: Path) -> None:
         from organfast.overlay import overlay_views, save_png
@@ -194,6 +215,82 @@ class Result:
             volume = self.scan.volume
             figure = overlay_probability(volume, volume.orientation.working(probability), name)
             save_png(figure, folder / f"{name}.png")
+
+
+@contextmanager
+def saving() -> Iterator[Callable[[Callable[[], None], Callable[[InputError | None], None]], None]]:
+    """Save results in a thread beside the one that makes them, one at a time.
+
+    ::
+
+        with saving() as save:
+            for result in segment_many(scans, model):
+                save(partial(result.save, out), done)
+
+    ``save(write, done)`` first waits until the write before this one has ended: one result is being
+    written and at most one waits for it. ``done`` is called in the caller's thread, in the order of
+    the writes, with the reason why one failed, or None: at the next ``save`` or at the end of the
+    block, which waits for the last write, after an error in the block, too.
+
+    Raises
+    ------
+    Exception
+        A write failed with anything but an InputError.
+    """
+    last: list[tuple[Future[None], Callable[[InputError | None], None]]] = []
+
+    def settle() -> None:
+        for writing, done in [last.pop() for _ in last]:
+            failure = None
+            try:
+                writing.result()
+            except InputError as error:
+                failure = error
+            done(failure)
+
+    def save(write: Callable[[], None], done: Callable[[InputError | None], None]) -> None:
+        settle()
+        last.append((writer.submit(write), done))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="organfast-write") as writer:
+        try:
+            yield save
+        finally:
+            settle()
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, MB; None where the system does not tell.
+
+    Linux's own count: ``getrusage`` includes what the parent held when it started this process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("utf-8")
+    except OSError:
+        return None
+    peaks = (row.split() for row in status.splitlines() if row.startswith("VmHWM:"))
+    return next((int(peak[1]) / 1024 for peak in peaks), None)
+
+
+def too_large(path: str | PathLike[str]) -> InputError:
+    """What is said of a scan or an output that there is too little memory for.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        The scan or the output.
+    """
+    return InputError(
+        path, "needs more memory than there is", "use a machine with more, or crop the scan"
+    )
+
+
+@contextmanager
+def _memory_for(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise too_large(target) from None
 
 
 def is_one_file(out: str | PathLike[str]) -> bool:

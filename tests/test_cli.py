@@ -23,6 +23,9 @@ from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.cli import run
 from organfast.models.classifier import load_model
+from organfast.models.forest import Forest
+from organfast.nifti import write_volume
+from organfast.volume import Volume
 
 PNG = b"\x89PNG\r\n\x1a\n"
 RESULT = {
@@ -143,11 +146,23 @@ def test_help_says_what_it_is_not() -> None:
     assert ran.code == 0
     assert ran.err == ""
     assert "not a medical device" in ran.out
-    for text in ("Exit codes", "--debug", "demo", "train", "segment", "locate", "info", "bench"):
+    for text in (
+        "Exit codes",
+        "--debug",
+        "demo",
+        "train",
+        "segment",
+        "locate",
+        "verify",
+        "info",
+        "bench",
+    ):
         assert text in ran.out
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "segment", "locate", "info", "bench"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "segment", "locate", "verify", "info", "bench"]
+)
 def test_each_command_has_help(cli: Command, command: str) -> None:
     ran = cli(command, "--help")
     assert ran.code == 0
@@ -395,7 +410,12 @@ def test_run_json_tells_how_but_not_where(segmented: Segmented, model_file: Path
         "body_mask": True,
         "keep_context": False,
         "probabilities": ["liver", "lung_left"],
+        "refine": None,
+        "confidence": True,
     }
+    positions = record["positions"]
+    assert positions["n_asked"] == positions["n_inside"] > 1000
+    assert positions["share_asked"] == 1
     timings = json_of(segmented.folder / "timings.json")
     assert timings["threads"] == 1
     assert "read" in timings["seconds"]
@@ -438,6 +458,56 @@ def test_settings_are_used_and_recorded(
     assert told["input"] == str(scan_file)
     assert told["output"] == str(tmp_path / "out")
     assert told["organs_ml"]["liver"] > 100
+
+
+def test_coarse_to_fine_is_used_and_recorded(
+    cli: Command, scan_file: Path, model_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("segment", "-i", scan_file, "-m", model_file, "--no-preview", "-o")
+    shares = []
+    for name, options in (("a", ()), ("b", ("--margin", 0.1)), ("c", ("--margin", 1.1))):
+        ran = cli(*arguments, tmp_path / name, "--coarse-to-fine", *options)
+        assert ran.code == 0, ran.err
+        record = json_of(tmp_path / name / "run.json")
+        assert record["settings"]["refine"]["disagreement"] is True
+        shares.append(record["positions"]["share_asked"])
+    assert shares[1] < shares[0] < shares[2] == 1
+    assert cli(*arguments, tmp_path / "full").code == 0
+    everywhere, full = bytes_of(tmp_path / "c"), bytes_of(tmp_path / "full")
+    assert [n for n in full if everywhere[n] != full[n]] in (
+        ["run.json", "timings.json"],
+        ["timings.json", "run.json"],
+    )
+
+
+@pytest.mark.skipif(not hasattr(Forest, "labels"), reason="the forest has no early exit")
+def test_labels_only(
+    cli: Command, cohort_folder: Path, small: Path, model_file: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "native.organfast"
+    options = ("--block-size", 5, "--spacing", "native", "--trees", 9, "--n-per-class", 50)
+    assert cli("train", cohort_folder, "-o", model, *options).code == 0
+    arguments = ("segment", "-i", small, "-m", model, "--stride", "1", "-o")
+    assert cli(*arguments, tmp_path / "whole").code == 0
+    ran = cli(*arguments, tmp_path / "alone", "--labels-only")
+    assert ran.code == 0, ran.err
+    rows = [line.split() for line in ran.out.splitlines()[1:-1]]
+    assert rows
+    assert {row[2] for row in rows} == {"-"}
+    whole, alone = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "alone")
+    assert alone.keys() == whole.keys()
+    for name in ("segmentation.nii.gz", "overlay.png"):
+        assert alone[name] == whole[name]
+    organs = list(csv.DictReader((tmp_path / "alone" / "organs.csv").read_text().splitlines()))
+    assert {organ["confidence"] for organ in organs} == {""}
+
+    ran = cli(*arguments[:-1], "-o", tmp_path / "no", "--labels-only", "--stride", 2)
+    assert ran.code == 2
+    assert "the stride is 2,2,1: give 1" in ran.line
+    ran = cli(*("segment", "-i", small, "-m", model_file, "-o", tmp_path / "no"), "--labels-only")
+    assert ran.code == 2
+    assert "works on a grid of 5 x 5 x 8 mm" in ran.line
+    assert not (tmp_path / "no").exists()
 
 
 def test_one_label_map_alone(
@@ -696,6 +766,60 @@ def test_several_inputs(
     assert f"organfast: {absent}: does not exist; " in ran.err
 
 
+def test_a_result_that_cannot_be_written_does_not_stop_the_others(
+    cli: Command, several: Path, model_file: Path, tmp_path: Path
+) -> None:
+    """Its target looks writable until it is: a link to where no folder can be made."""
+    shutil.copy(several / "a.nii.gz", several / "b.nii.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "file").touch()
+    (out / "b").symlink_to(tmp_path / "file" / "b")
+    ran = cli("segment", "-i", several, "-o", out, "-m", model_file, "--no-preview", "--json")
+    assert ran.code == 3
+    errors = [line for line in ran.err.splitlines() if "warning" not in line]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"organfast: {out / 'b'}: cannot be written (File exists); ")
+    told = [Path(json.loads(line)["output"]) for line in ran.out.splitlines()]
+    assert told == [out / "a", out / "deep"]
+    assert all(files_of(folder) == RESULT for folder in told)
+    assert {p.name for p in out.iterdir()} == {"a", "b", "deep"}
+
+
+CROWDED = """
+import resource, sys
+from pathlib import Path
+from organfast.cli import run
+assert run(["segment", "-i", sys.argv[1], *sys.argv[4:], "-o", sys.argv[2] + "/first"]) == 0
+status = Path("/proc/self/status").read_text().split()
+room = int(status[status.index("VmSize:") + 1]) * 1024 + 450_000_000
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+sys.exit(run(["segment", "-i", sys.argv[3], *sys.argv[4:], "-o", sys.argv[2] + "/all"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space")
+def test_a_scan_too_large_for_memory_does_not_stop_the_others(
+    crop: Crop, small: Path, model_file: Path, tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(small, scans / f"{name}.nii.gz")
+    huge = np.full((800, 800, 360), -1000, np.int16, order="F")
+    huge[::100] = 0
+    write_volume(scans / "b.nii.gz", Volume(huge, np.diag([0.3, 0.3, 0.3, 1])))
+    options = ("-m", model_file, "--no-preview", "--threads", 1)
+    ran = in_process_of_its_own(small, tmp_path, scans, *options, code=CROWDED)
+    assert ran.code == 3, ran.err
+    errors = [line for line in ran.err.splitlines() if "warning" not in line]
+    assert errors == [
+        f"organfast: {scans / 'b.nii.gz'}: needs more memory than there is; "
+        "use a machine with more, or crop the scan"
+    ]
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {"a", "c"}
+
+
 def test_all_scans_bad_is_an_input_error(
     cli: Command, several: Path, model_file: Path, tmp_path: Path
 ) -> None:
@@ -728,7 +852,7 @@ def test_a_folder_without_scans(cli: Command, model_file: Path, tmp_path: Path) 
     assert_names(ran, tmp_path / "none", "holds no scan")
 
 
-# --- locate and info ------------------------------------------------------------------------------
+# --- locate, verify and info ----------------------------------------------------------------------
 
 
 def test_locate(cli: Command, scan_file: Path, model_file: Path, cohort_folder: Path) -> None:
@@ -749,6 +873,47 @@ def test_locate(cli: Command, scan_file: Path, model_file: Path, cohort_folder: 
     ran = cli("locate", "-i", scan_file, "-m", model_file, "--stride", 6)
     assert ran.code == 0
     assert len(ran.out.splitlines()) == 1 + len(classes.organs)
+
+
+def test_locate_warns_as_segment_does(cli: Command, model_file: Path, tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, -900, (20, 20, 1), np.int16)
+    nib.save(nib.Nifti1Image(hu, np.diag([5.0, 5, 8, 1])), tmp_path / "air.nii.gz")
+    ran = cli("locate", "-i", tmp_path / "air.nii.gz", "-m", model_file, "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["organs"]["liver"]["present"] is False
+    warning = f"organfast: {tmp_path / 'air.nii.gz'}: warning: no body was found"
+    assert ran.err.startswith(warning)
+    ran = cli("verify", tmp_path / "air.nii.gz", "-m", model_file, "--coarse-to-fine")
+    assert ran.code == 0
+    assert ran.err.startswith(warning)
+    assert "positions asked: 0 of 0, -\n" in ran.out
+
+
+def test_verify_tells_what_a_shortcut_changes(
+    cli: Command, scan_file: Path, model_file: Path
+) -> None:
+    arguments = ("verify", scan_file, "-m", model_file)
+    ran = cli(*arguments, "--coarse-to-fine", "--margin", 0.1, "--json")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["settings"]["refine"] == {"margin": 0.1, "disagreement": True}
+    assert told["asked"][1] == round(told["share_asked"] * told["asked"][0]) < told["asked"][0]
+    assert 0 < told["agreement"]["differing"] < told["agreement"]["differing_in_organs"] < 0.5
+    organs = {organ["name"]: organ for organ in told["agreement"]["organs"]}
+    assert 0.8 < organs["liver"]["dice"] < 1
+    assert 0 < organs["liver"]["shift_mm"] < 5
+
+    ran = cli(*arguments, "--stride", "6,6,4")
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert lines[0].split() == [
+        *("organ", "Dice", "centre", "moved", "by", "mm", "full", "grid", "ml", "shortcut", "ml")
+    ]
+    assert len(lines) == 1 + len(organs) + 4
+    assert re.fullmatch(r"labels that differ: \d+\.\d\d% of all voxels,", lines[-4])
+    assert re.fullmatch(r"  \d+\.\d\d% of those that are an organ in either", lines[-3])
+    assert re.fullmatch(r"positions asked: \d+ of \d+, 1\d\.\d\d%", lines[-2])
+    assert re.fullmatch(r"classified in \S+ s instead of \S+ s: \S+x as fast", lines[-1])
 
 
 def test_info_of_a_model(cli: Command, model_file: Path) -> None:
@@ -1127,6 +1292,12 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "stride of two": ((*SEGMENT, "--stride", "2,2"), "--stride 2,2"),
     "stride of zero": ((*SEGMENT, "--stride", "0"), "--stride 0"),
     "keep": ((*SEGMENT, "--keep", "all"), "keep 'all' is unknown"),
+    "margin alone": ((*SEGMENT, "--margin", "0.2"), "--margin says where --coarse-to-fine asks"),
+    "margin below zero": ((*SEGMENT, "--coarse-to-fine", "--margin", "-1"), "--margin"),
+    "margin without end": ((*SEGMENT, "--coarse-to-fine", "--margin", "inf"), "margin is inf"),
+    "two shortcuts": ((*SEGMENT, "--coarse-to-fine", "--labels-only"), "labels alone leave no"),
+    "maps of labels": ((*SEGMENT, "--probabilities", "--labels-only"), "labels alone leave no"),
+    "no shortcut": (("verify", "SCAN", "-m", "MODEL"), "no shortcut to verify; give --coarse"),
     "maps in one file": (
         ("segment", "-i", "SCAN", "-o", "o.nii.gz", "-m", "MODEL", "--probabilities"),
         "--probabilities needs a folder",

@@ -21,7 +21,7 @@ COLUMNS = [
     ["models.classifier", "models.forest"],
     ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay"],
-    ["results", "learning", "pipeline"],
+    ["results", "learning", "pipeline", "verification"],
     ["bench", "demo"],
     ["cli"],
 ]

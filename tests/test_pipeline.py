@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,6 +33,7 @@ from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
 from organfast.pipeline import Settings, locate, segment, segment_many
 from organfast.probability import SliceClassifier, Workers, probability_slabs
+from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.sampling import Split
 from organfast.segmentation import Cleaning
@@ -91,7 +93,7 @@ def results(models: dict[str, Model], unseen: Patient) -> dict[str, Result]:
 def assert_same(found: Result, expected: Result) -> None:
     """Everything that a reader gets, but for timings."""
     np.testing.assert_array_equal(found.labels, expected.labels)
-    np.testing.assert_array_equal(found.confidence, expected.confidence)
+    np.testing.assert_array_equal(found.confidence, expected.confidence)  # type: ignore[arg-type]
     assert found.organs == expected.organs
     assert organs_json(found.organs) == organs_json(expected.organs)
     assert json.dumps(found.record) == json.dumps(expected.record)
@@ -415,6 +417,38 @@ def test_a_scan_that_cannot_be_used_stops_only_itself(
         next(several)
 
 
+def test_a_scan_too_large_for_memory_stops_only_itself(native: Model, files: list[Path]) -> None:
+    hu = np.broadcast_to(np.int16(0), (60_000, 60_000, 60_000))  # 400 TB of nothing
+    scans = [files[0], Volume(hu, np.eye(4)), files[1]]
+    reasons: list[InputError] = []
+    found = list(segment_many(scans, native, on_error=reasons.append))
+    assert [str(reason) for reason in reasons] == [
+        "the given scan: needs more memory than there is; use a machine with more, or crop the scan"
+    ]
+    for result, path in zip(found, files[:2], strict=True):
+        assert_same(result, segment(path, native))
+    with pytest.raises(MemoryError):
+        list(segment_many(scans[1:], native))
+
+
+def test_a_result_that_its_taker_drops_is_gone_while_the_next_one_computes(
+    native: Model, files: list[Path]
+) -> None:
+    results = segment_many(files, native)
+    labels = weakref.ref(next(results).labels)
+    assert labels() is None
+    results.close()  # type: ignore[attr-defined]  # a generator
+
+
+def test_all_scans_of_a_call_share_one_pool(native: Model, files: list[Path]) -> None:
+    seen = []
+    for _ in segment_many(files, native, threads=2):
+        names = {t.name for t in threading.enumerate() if t.name.startswith("organfast")}
+        seen.append({name for name in names if not name.startswith("organfast-read")})
+        assert len(names) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
 class Watched(PathLike[str]):
     """A path that tells when it is read."""
 
@@ -528,6 +562,83 @@ def test_one_name_is_not_a_tuple_of_names() -> None:
     for setting in ({"organs": "liver"}, {"probabilities": "liver"}):
         with pytest.raises(ValueError, match=r"give a tuple of names, \('liver',\)"):
             Settings(**setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_refined_everywhere_it_is_the_full_grid(
+    grid: str, models: dict[str, Model], unseen: Patient, results: dict[str, Result]
+) -> None:
+    found = segment(unseen.scan, models[grid], Settings(refine=Refine(1.5)), threads=2)
+    np.testing.assert_array_equal(found.labels, results[grid].labels)
+    np.testing.assert_array_equal(found.confidence, results[grid].confidence)
+    assert found.organs == results[grid].organs
+    assert found.record["positions"] == results[grid].record["positions"]
+
+
+def test_coarse_to_fine_asks_less_and_says_how_much(
+    models: dict[str, Model], unseen: Patient, results: dict[str, Result]
+) -> None:
+    settings = Settings(refine=Refine(0.1), probabilities=("liver",))
+    for grid, model in models.items():
+        found = segment(unseen.scan, model, settings)
+        assert_same(segment(unseen.scan, model, settings, threads=3), found)
+        without = segment(unseen.scan, model, replace(settings, probabilities=()))
+        np.testing.assert_array_equal(without.probability("liver"), found.probability("liver"))
+        assert found.record["settings"]["refine"] == {"margin": 0.1, "disagreement": True}
+        positions = found.record["positions"]
+        full = results[grid].record["positions"]
+        assert positions["n_inside"] == full["n_inside"] == full["n_asked"]
+        assert full["share_asked"] == 1
+        assert positions["share_asked"] == positions["n_asked"] / positions["n_inside"] < 0.95
+        # These organs are a few positions wide: it is not the shortcut's best case.
+        assert 0 < (found.labels != results[grid].labels).mean() < 0.05
+
+
+ALONE = Settings(1, confidence=False)
+
+
+@pytest.mark.skipif(not hasattr(Forest, "labels"), reason="the forest has no early exit")
+def test_labels_alone_are_the_same_labels(native: Model, unseen: Patient, tmp_path: Path) -> None:
+    few = Volume(unseen.scan.hu[:, :, 8:20], unseen.scan.affine)
+    for settings in (ALONE, replace(ALONE, body_mask=False, keep_context=True)):
+        whole = segment(few, native, replace(settings, confidence=True))
+        alone = segment(few, native, settings, threads=2)
+        np.testing.assert_array_equal(alone.labels, whole.labels)
+        assert len(np.unique(alone.labels)) > 5
+        assert alone.confidence is None
+        assert alone.record["settings"]["confidence"] is False
+        assert alone.record["positions"] == whole.record["positions"]
+        assert alone.record["cleaned"] == whole.record["cleaned"]
+        for name, organ in alone.organs.items():
+            expected = whole.organs[name]
+            assert organ.confidence is None
+            assert organ.probability_centroid_mm is None
+            assert (organ.n_voxels, organ.box_mm) == (expected.n_voxels, expected.box_mm)
+            assert organ.centroid_mm == expected.centroid_mm
+    np.testing.assert_array_equal(alone.probability("liver"), whole.probability("liver"))
+    alone.save(tmp_path / "out")
+    organs = json.loads((tmp_path / "out" / "organs.json").read_text())["organs"]
+    assert {organ["confidence"] for organ in organs.values()} == {None}
+
+
+def test_labels_alone_are_refused_where_a_label_is_a_blend(
+    models: dict[str, Model], unseen: Patient
+) -> None:
+    native, working = models["native"], models["working"]
+    for model, settings, reason in (
+        (native, Settings(confidence=False), "the stride is 4,4,1: give 1"),
+        (native, Settings((1, 1, 2), confidence=False), "the stride is 1,1,2: give 1"),
+        (working, ALONE, r"a grid of 6\.5 x 6 x 10 mm; .*native"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            segment(unseen.scan, model, settings)
+        with pytest.raises(ValueError, match=reason):
+            list(segment_many([], model, settings))
+    for need in ({"refine": Refine()}, {"probabilities": ("liver",)}):
+        with pytest.raises(
+            ValueError, match=r"labels alone leave no probabilities for .*; give up"
+        ):
+            Settings(1, confidence=False, **need)  # type: ignore[arg-type]
 
 
 def test_a_recipe_takes_at_least_one_position_of_a_class() -> None:
