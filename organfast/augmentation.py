@@ -28,9 +28,10 @@ from organfast.volume import AIR_HU
 
 __all__ = ["Augmentation", "altered_copy", "jittered"]
 
-UNMOVED_TISSUES = frozenset(
-    ("skin", "subcutaneous_fat", "intermuscular_fat", "trunk_fat", "muscle", "cord", "disc")
-) | {"cartilage", "spongy_bone", "flat_bone", "long_bone", "airway"}
+UNMOVED_TISSUES = (
+    *("skin", "subcutaneous_fat", "intermuscular_fat", "trunk_fat", "muscle", "cord"),
+    *("spongy_bone", "flat_bone", "long_bone", "cartilage", "disc", "airway"),
+)
 """One psoas or one vertebra of another HU than all the others is an altered scan, not another
 patient; a table seldom names all muscles and bones. Air is air."""
 
@@ -170,6 +171,7 @@ def altered_copy(
     augmentation: Augmentation,
     seed: int | Sequence[int],
     *,
+    beside: Sequence[str] = (),
     threads: int = 1,
 ) -> tuple[GridVolume, NDArray[np.unsignedinteger]]:
     """A copy of a labelled scan that another patient, on another scanner, could have had.
@@ -189,13 +191,16 @@ def altered_copy(
     grid_volume : GridVolume
         The scan on the model grid.
     labels : (K, R, C) uint8 or uint16
-        Label map on that grid. Labels that are not in the table stay what they are.
+        Label map on that grid. Labels that neither the table nor ``beside`` names stay what they
+        are.
     classes : ClassTable
-        Which labels are organs, what they are called, and which are partners.
+        Which labels are organs, what they are called and which are partners.
     augmentation : Augmentation
         How much to alter.
     seed : int or sequence of int
         Seed of the copy.
+    beside : sequence of str
+        Names of the structures beside the table, whose labels follow on those of the table.
     threads : int
         Threads to share the slices; the result does not depend on it.
 
@@ -216,16 +221,17 @@ def altered_copy(
             f"labels is {labels.dtype} of shape {labels.shape}; give uint8 or uint16 of the "
             f"scan's shape {grid_volume.shape}"
         )
-    if len(classes) > np.iinfo(labels.dtype).max:
-        raise ValueError(f"{len(classes)} classes leave no free label in {labels.dtype}")
+    anatomy = _Anatomy.of(classes, beside)
+    if len(anatomy.names) > np.iinfo(labels.dtype).max:
+        raise ValueError(f"{len(anatomy.names)} classes leave no free label in {labels.dtype}")
     if threads < 1:
         raise ValueError(f"threads is {threads}; use at least 1")
     mirror, colours, place, bend, scanner = map(np.random.default_rng, _seeds(seed, 5))
     hu = grid_volume.hu
     if mirror.random() < augmentation.mirror:
-        hu, labels = hu[:, :, ::-1], _exchanged(classes, labels.dtype)[labels[:, :, ::-1]]
+        hu, labels = hu[:, :, ::-1], anatomy.exchanged(labels[:, :, ::-1])
     units = _Units.of(grid_volume)
-    hu = _recoloured(hu, labels, classes, augmentation, (units, colours, threads))
+    hu = _recoloured(hu, labels, anatomy, augmentation, (units, colours, threads))
     placing = _Placing.draw(grid_volume, augmentation, place)
     hu, labels = _placed(hu, labels, placing, augmentation, (units, bend, scanner, threads))
     if hu is grid_volume.hu:
@@ -284,13 +290,51 @@ def _cut_off(normal: float) -> float:
     return min(max(normal, -MOST_DEVIATIONS), MOST_DEVIATIONS)
 
 
-def _exchanged(classes: ClassTable, dtype: np.dtype[Any]) -> NDArray[np.unsignedinteger]:
-    """Label -> label of the partner on the other side, or itself."""
-    exchanged = np.arange(np.iinfo(dtype).max + 1, dtype=dtype)
-    for label, structure in enumerate(classes.structures):
-        if structure.mirror in classes:
-            exchanged[label] = classes.index(structure.mirror)
-    return exchanged
+@dataclass(frozen=True, eq=False)
+class _Anatomy:
+    """What the labels are: ``names`` and ``partners`` (labels of the other side, or their own) by
+    label; ``organs``, the labels of organs and of structures beside the table."""
+
+    names: tuple[str, ...]
+    partners: tuple[int, ...]
+    organs: tuple[int, ...]
+
+    @staticmethod
+    def of(classes: ClassTable, beside: Sequence[str]) -> _Anatomy:
+        names = (*classes.names, *beside)
+        mirrors = [*(s.mirror for s in classes.structures), *map(_other_side, beside)]
+        label_of = {name: label for label, name in enumerate(names)}
+        return _Anatomy(
+            names,
+            tuple(label_of.get(mirror, label) for label, mirror in enumerate(mirrors)),
+            (*classes.organs, *range(len(classes), len(names))),
+        )
+
+    def exchanged(self, labels: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+        """Labels with both sides exchanged."""
+        lookup = np.arange(np.iinfo(labels.dtype).max + 1, dtype=labels.dtype)
+        lookup[: len(self.partners)] = self.partners
+        exchanged: NDArray[np.unsignedinteger] = lookup[labels]
+        return exchanged
+
+    def colour_group(self, label: int) -> str:
+        """What moves together: a tissue; a pair, where the painter knows no tissue of that name."""
+        tissue = tissue_of(self.names[label])
+        return tissue if tissue != "soft" else self.names[min(label, self.partners[label])]
+
+    def range_hu(self, label: int) -> tuple[float, float]:
+        """Lowest and highest HU in any contrast phase; the painter's ranges."""
+        ranges = [hu_range(tissue_of(self.names[label]), phase) for phase in PHASES]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _other_side(name: str) -> str:
+    """The name of the partner, were there one; the chambers of the heart are no pairs."""
+    if name.startswith(("heart", "atrial")):
+        return name
+    if "left" in name:
+        return name.replace("left", "right")
+    return name.replace("right", "left")
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,14 +369,14 @@ def _units(hu_table: str) -> _Units:
 def _recoloured(
     hu: NDArray[np.int16],
     labels: NDArray[np.unsignedinteger],
-    classes: ClassTable,
+    anatomy: _Anatomy,
     augmentation: Augmentation,
     means: tuple[_Units, np.random.Generator, int],
 ) -> NDArray[np.int16]:
     """Each organ with another offset and contrast, the whole with another shift and gain."""
     units, rng, threads = means
     shift, gain = augmentation.shift_hu * rng.uniform(-1, 1), augmentation.gain * rng.uniform(-1, 1)
-    organs, look = _looks(classes, augmentation, rng)
+    organs, look = _looks(anatomy, augmentation, rng)
     if not (shift or gain or look.any()):
         return hu
     from organfast.kernels import augmentation as kernel
@@ -346,7 +390,7 @@ def _recoloured(
     row_of_label[organs] = np.arange(1, len(organs) + 1)
     rows, hu = row_of_label[labels], np.ascontiguousarray(hu)
     middles = _middles(hu, rows, len(organs), hu_of, threads)
-    plausible = np.array([_range_hu(classes, label) for label in organs]).reshape(-1, 2)
+    plausible = np.array([anatomy.range_hu(label) for label in organs]).reshape(-1, 2)
     lowest = np.minimum(plausible[:, 0], middles)
     highest = np.maximum(plausible[:, 1], middles)
     look[1:, kernel.OFFSET_HU] += middles
@@ -363,37 +407,24 @@ def _recoloured(
 
 
 def _looks(
-    classes: ClassTable, augmentation: Augmentation, rng: np.random.Generator
+    anatomy: _Anatomy, augmentation: Augmentation, rng: np.random.Generator
 ) -> tuple[list[int], NDArray[np.float32]]:
     """Labels of the organs that move, and their looks in the kernel's rows (0 = no organ).
 
     Partners and organs of one tissue move together.
     """
-    tissues = {label: _colour_group(classes, label) for label in classes.organs}
-    organs = [label for label, tissue in tissues.items() if tissue not in UNMOVED_TISSUES]
+    groups = {label: anatomy.colour_group(label) for label in anatomy.organs}
+    organs = [label for label, group in groups.items() if group not in UNMOVED_TISSUES]
     moves = {
-        tissue: (_cut_off(rng.standard_normal()), rng.uniform(-1, 1))
-        for tissue in sorted({tissues[label] for label in organs})
+        group: (_cut_off(rng.standard_normal()), rng.uniform(-1, 1))
+        for group in sorted({groups[label] for label in organs})
     }
     look = np.zeros((len(organs) + 1, 3), np.float32)
     for row, label in enumerate(organs, start=1):
-        offset, contrast = moves[tissues[label]]
+        offset, contrast = moves[groups[label]]
         look[row, 0] = augmentation.recolour_hu * offset
         look[row, 1] = augmentation.recolour_contrast * contrast
     return organs, look
-
-
-def _colour_group(classes: ClassTable, label: int) -> str:
-    """What moves together: a tissue; where the painter knows none, the structure and its mirror."""
-    structure = classes.structures[label]
-    tissue = tissue_of(structure.name)
-    return tissue if tissue != "soft" else min(structure.name, structure.mirror or structure.name)
-
-
-def _range_hu(classes: ClassTable, label: int) -> tuple[float, float]:
-    """Lowest and highest HU of an organ in any phase; the painter's ranges."""
-    ranges = [hu_range(tissue_of(classes.structures[label].name), phase) for phase in PHASES]
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _middles(

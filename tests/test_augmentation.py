@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import correlate1d
 
 from organfast.anatomy import ClassTable
 from organfast.augmentation import (
@@ -121,6 +122,24 @@ def test_finishing_equals_its_twin(noise_hu: float) -> None:
     kernel.finish_page(page, 3, noise_hu, np.uint64(2**63 + 9), units.hu_of, units.unit_of, out)
     expected = naive.finish_page(page, 3, noise_hu, 2**63 + 9, units.hu_of, units.unit_of)
     np.testing.assert_allclose(out, expected, atol=0 if noise_hu == 0 else 1)
+    assert (out == expected).mean() > 0.9  # only a unit at .5 may go the other way
+
+
+def test_blur_follows_its_axes() -> None:
+    random = np.random.default_rng(5)
+    hu = random.integers(-900, 900, (2, 9, 8)).astype(np.int16)
+    labels, units = np.zeros_like(hu, np.uint8), _units("identity")
+    scan = (hu, labels, np.float32(-1024), 255)
+    where = (np.eye(3, 4), np.zeros((2, 2, 2, 3), np.float32), np.full(3, 0.1))
+    for rows, columns in (([0.5, 0.25], [1]), ([1], [0.4, 0.2, 0.1]), ([0.8, 0.1], [0.5, 0.25])):
+        taps = [np.array(t, np.float32) for t in (rows, columns)]
+        scanner = (*taps, 0.0, np.uint64(0), units.hu_of, units.unit_of)
+        out = np.empty_like(hu)
+        kernel.alter_slices(scan, 0, where, scanner, out, np.empty_like(labels))
+        expected = hu.astype(float)
+        for axis, t in enumerate((rows, columns), start=1):
+            expected = correlate1d(expected, [*t[:0:-1], *t], axis, mode="nearest")
+        np.testing.assert_allclose(out, expected, atol=0.51)
 
 
 def test_random_numbers_are_about_normal() -> None:
@@ -223,6 +242,27 @@ def test_sides_change_places_with_their_names() -> None:
     again, twice = altered_copy(copy, copied, TABLE, swapped, 1)
     np.testing.assert_array_equal(again.hu, grid_volume.hu)
     np.testing.assert_array_equal(twice, labels)
+
+
+def test_structures_beside_the_table_change_sides_and_colours_too() -> None:
+    beside = ("rib_left", "rib_right", "heart_atrium_left", "stomach", "gland_right", "gland_left")
+    n = len(TABLE)
+    labels = np.repeat(np.arange(n, n + 7, dtype=np.uint8), 6)[None, None] * np.ones(
+        (3, 9, 1), np.uint8
+    )
+    labels[labels == n + 6] = 254  # neither a class nor beside
+    grid_volume = GridVolume(np.full(labels.shape, 45, np.int16))
+    mirrored = replace(OFF, mirror=1.0)
+    _, copied = altered_copy(grid_volume, labels, TABLE, mirrored, 0, beside=beside)
+    expected = np.array([254, n + 4, n + 5, n + 3, n + 2, n, n + 1])
+    np.testing.assert_array_equal(copied[0, 0, ::6], expected)
+    copy, _ = altered_copy(
+        grid_volume, labels, TABLE, replace(OFF, recolour_hu=20.0), 0, beside=beside
+    )
+    ribs, _, heart, stomach, right, left, rest = copy.hu[1, 4, 3::6]
+    assert ribs == rest == 45
+    assert right == left
+    assert len({int(hu) for hu in (heart, stomach, right, rest)}) == 4
 
 
 def test_without_its_partner_an_organ_keeps_its_name() -> None:
