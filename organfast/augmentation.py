@@ -43,6 +43,7 @@ MOST_DEVIATIONS = 2.0
 """Normal draws are cut off here: no copy is a caricature."""
 
 N_BINS = 512
+"""Bins of 4 HU: to 1024 HU."""
 
 _LIMITS: dict[str, tuple[float, float, str]] = {
     "elastic_mm": (0, 30, "mm"),
@@ -184,7 +185,8 @@ def altered_copy(
         beyond its ends                the end slice repeated, and the greatest label of the dtype:
                                        "nothing is known here", never to be sampled
 
-    So labels must be complete before: unlabelled voxels of the scan keep their label.
+    Unlabelled voxels of the scan keep their value too: tell background from context before, not
+    after, for the body mask of the copy would make context of what is unknown.
 
     Parameters
     ----------
@@ -214,7 +216,8 @@ def altered_copy(
     Raises
     ------
     ValueError
-        The labels are not of the scan's shape or not uint8 or uint16, or ``threads`` is below 1.
+        The labels are not of the scan's shape or not uint8 or uint16, there are as many classes as
+        the dtype has labels, or ``threads`` is below 1.
     """
     if labels.shape != grid_volume.shape or labels.dtype not in (np.uint8, np.uint16):
         raise ValueError(
@@ -226,7 +229,8 @@ def altered_copy(
         raise ValueError(f"{len(anatomy.names)} classes leave no free label in {labels.dtype}")
     if threads < 1:
         raise ValueError(f"threads is {threads}; use at least 1")
-    mirror, colours, place, bend, scanner = map(np.random.default_rng, _seeds(seed, 5))
+    streams = np.random.SeedSequence(seed).spawn(5)
+    mirror, colours, place, bend, scanner = map(np.random.default_rng, streams)
     hu = grid_volume.hu
     if mirror.random() < augmentation.mirror:
         hu, labels = hu[:, :, ::-1], anatomy.exchanged(labels[:, :, ::-1])
@@ -280,10 +284,6 @@ def jittered(
     moved = np.rint((1 + augmentation.jitter_scale * even) * (offsets[:, 1:] @ turn.T))
     most = np.array(reach)
     return np.column_stack([offsets[:, 0], np.clip(moved, -most, most)]).astype(np.int32)
-
-
-def _seeds(seed: int | Sequence[int], n: int) -> list[np.random.SeedSequence]:
-    return np.random.SeedSequence(seed).spawn(n)
 
 
 def _cut_off(normal: float) -> float:

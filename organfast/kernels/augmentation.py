@@ -198,7 +198,7 @@ def deform_slice(hu, labels, k, placement, lattice, pitch, air, unknown, line, p
     Parameters
     ----------
     hu : (K, R, C) int16
-        Units.
+        Units, C-contiguous.
     labels : (K, R, C) uint8 or uint16
     k : int
         Slice of the result.
