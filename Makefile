@@ -16,10 +16,13 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About ten minutes; fails where a ratio fell by more than a tenth since the last committed run.
+# PEERS=peers,peers-heavy times torch, jax and MONAI as well, some gigabytes to install.
+PEERS ?= peers
 bench: $(VENV)/dev
-	$(BIN)/pip install --quiet --editable '.[peers]'
-	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-only
-	$(BIN)/organfast bench
+	$(BIN)/pip install --quiet --editable '.[$(PEERS)]'
+	$(BIN)/python benchmarks/publish.py || fell=1; \
+	$(BIN)/python tools/benchmark_table.py && exit $${fell:-0}
 
 clean:
 	rm -rf $(VENV) build demo organfast.egg-info organfast/kernels/*.so organfast/kernels/*.c

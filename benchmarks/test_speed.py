@@ -1,7 +1,7 @@
 """pytest-benchmark cases: ``pytest benchmarks/test_speed.py --benchmark-only``.
 
 Ratios against peers are what counts, and ``organfast bench`` prints them; here our side alone is
-timed, by block size, stride and threads.
+timed, by pattern, stride and threads.
 """
 
 from __future__ import annotations
@@ -11,30 +11,22 @@ from typing import Any
 
 import pytest
 
-from organfast.bench import (
-    SIZES,
-    enlargement_case,
-    forest_case,
-    gather_case,
-    in_threads,
-    load_case,
-)
+from organfast.bench import in_threads
+from organfast.benchcases import SIZES, SWEEP, enlargement_case, gather_case, load_case
 
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 
 
+@pytest.mark.parametrize("key", SWEEP, ids=lambda key: "-".join(map(str, key)))
+def test_forest(benchmark: Any, key: tuple[str, int, int]) -> None:
+    benchmark(SWEEP[key]().ours)
+
+
 @THREADS
-@pytest.mark.parametrize("stride", [33, 8])
+@pytest.mark.parametrize("stride", [33, 8, 4, 1])
 @pytest.mark.parametrize("size", SIZES)
 def test_gather(benchmark: Any, size: int, stride: int, threads: int) -> None:
     benchmark(in_threads(partial(gather_case, size, stride), threads).ours)
-
-
-@THREADS
-@pytest.mark.parametrize("stride", [33, 8])
-@pytest.mark.parametrize("size", SIZES)
-def test_forest(benchmark: Any, size: int, stride: int, threads: int) -> None:
-    benchmark(in_threads(partial(forest_case, size, stride), threads).ours)
 
 
 @THREADS

@@ -1,44 +1,137 @@
-"""The benchmark cases, shared by ``organfast bench``, asv and pytest-benchmark.
+"""Measuring: a piece of our work beside named peers doing the same. The cases: ``benchcases``.
 
-A case is our function and its named peers doing the same work on the same seeded input. Speed is
-reported as the median over rounds of peer time / our time, the two interleaved within each round,
-for absolute times mean little on a shared machine. A peer that is not installed is named as
-skipped, never replaced.
+Speed is the median over rounds of peer time / our time, the two interleaved within each round, for
+absolute times mean little on a shared machine. A peer that is not installed is named as skipped,
+never replaced. A limit is a peer that no program on this machine can beat: its ratio is the share
+of the machine's speed that is reached.
 """
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
+import os
+import platform
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast import __version__
+from organfast.progress import Progress, silent
+
 __all__ = [
-    "CASES",
-    "SIZES",
     "Benchmark",
     "Comparison",
-    "compare",
-    "enlargement_case",
-    "forest_case",
-    "gather_case",
+    "Measurable",
+    "Peer",
+    "Scaling",
     "in_threads",
-    "load_case",
+    "machine",
+    "measure_all",
+    "peak_resident_mb",
+    "run_record",
+    "spread",
+    "sweep_rows",
+    "table_rows",
+    "together",
 ]
 
-SIZES = (17, 33, 63, 97)
-N_CLASSES = 23
 Job = Callable[[], object]
+Spread = tuple[float, float, float]
+
+_LIBRARIES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "numba",
+    "isal",
+    "nibabel",
+    "opencv-python-headless",
+    "scikit-image",
+    "onnxruntime",
+    "skl2onnx",
+    "jax",
+    "torch",
+    "monai",
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The same work done by others.
+
+    Parameters
+    ----------
+    job : callable
+        The work, called without arguments.
+    n_items : int or None
+        Items of one call, where it does a share of our work (its time is scaled, and its name says
+        so); None is as many as ours.
+    is_limit : bool
+        A physical limit, not a competitor.
+    """
+
+    job: Job
+    n_items: int | None = None
+    is_limit: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured of a case.
+
+    Parameters
+    ----------
+    name : str
+        The case.
+    ours : float
+        Our median figure.
+    unit : str
+        Of ``ours``.
+    ratios : dict of str to (float, float, float)
+        Per peer: how many times as fast we are, as (median, lowest, highest) over the rounds.
+    limits : tuple of str
+        Those of the peers that are physical limits.
+    skipped : tuple of str
+        Peers that are not installed.
+    voxels_per_second : float or None
+        Voxels of the scan that our figure covers in a second.
+    ns_per_visit : float or None, ns
+        Time of one thread per node of a tree at which a voxel is read.
+    peak_mb : float or None, MB
+        Memory; what is counted stands with the case.
+    seconds : dict of str to float, s
+        Where the time goes, by stage.
+    """
+
+    name: str
+    ours: float
+    unit: str
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    limits: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    voxels_per_second: float | None = None
+    ns_per_visit: float | None = None
+    peak_mb: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Measurable(Protocol):
+    """A case."""
+
+    @property
+    def name(self) -> str:
+        """What is timed, with its sizes."""
+
+    def measure(self, rounds: int) -> Comparison:
+        """Time it, round after round."""
 
 
 @dataclass(frozen=True)
@@ -51,107 +144,195 @@ class Benchmark:
         What is timed, with its sizes.
     ours : callable
         Our function on a prepared input; called without arguments.
-    peers : dict of str to callable
+    peers : mapping of str to Peer
         The same work by others.
-    skipped : tuple of str
-        Peers that are not installed.
     n_items : int
         Items of work in one call.
     unit : str
         What an item is.
+    skipped : tuple of str
+        Peers that are not installed.
+    threads : int
+        Threads on our side.
+    n_voxels : int
+        Voxels of the scan that one call covers; 0 where that means nothing.
+    n_visits : float
+        Nodes at which one call reads a voxel; 0 where that means nothing.
+    whole : callable or None
+        The same work with its input made from the scan, whose memory at its peak is measured: all
+        that it allocates, above what was there before.
     """
 
     name: str
     ours: Job
-    peers: dict[str, Job]
-    skipped: tuple[str, ...] = ()
+    peers: Mapping[str, Peer]
     n_items: int = 1
-    unit: str = "call"
+    unit: str = "calls"
+    skipped: tuple[str, ...] = ()
+    threads: int = 1
+    n_voxels: int = 0
+    n_visits: float = 0
+    whole: Job | None = None
+
+    def measure(self, rounds: int) -> Comparison:
+        """Time every job once to warm up, then all jobs in turn, round after round.
+
+        Parameters
+        ----------
+        rounds : int
+            Rounds; each gives one ratio per peer.
+        """
+        peers = {name: peer.job for name, peer in self.peers.items()}
+        seconds = _interleaved({"": self.ours, **peers}, rounds)
+        ours = seconds[""] / self.n_items
+        second = float(np.median(seconds[""]))
+        return Comparison(
+            name=self.name,
+            ours=self.n_items / second,
+            unit=f"{self.unit}/s",
+            ratios={
+                name: spread(seconds[name] / (peer.n_items or self.n_items) / ours)
+                for name, peer in self.peers.items()
+            },
+            limits=tuple(name for name, peer in self.peers.items() if peer.is_limit),
+            skipped=self.skipped,
+            voxels_per_second=self.n_voxels / second if self.n_voxels else None,
+            ns_per_visit=1e9 * self.threads * second / self.n_visits if self.n_visits else None,
+            peak_mb=_allocated_mb(self.whole) if self.whole else None,
+        )
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What was measured of a benchmark.
+class Scaling:
+    """How much faster two threads are than one, beside a loop that shares nothing.
 
     Parameters
     ----------
     name : str
-        The benchmark's.
-    items_per_second : float
-        Our median rate.
-    unit : str
-        What an item is.
-    ratios : dict of str to (float, float, float)
-        Per peer: peer time / our time, as (median, lowest, highest) over the rounds.
-    skipped : tuple of str
-        Peers that are not installed.
+        What is timed, with its sizes.
+    one, two : callable
+        Our work on one thread; twice of it on two threads.
+    limit : str
+        What the loop is.
+    limit_one, limit_two : callable
+        The loop on one thread; on two threads, each as long.
     """
 
     name: str
-    items_per_second: float
-    unit: str
-    ratios: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    one: Job
+    two: Job
+    limit: str
+    limit_one: Job
+    limit_two: Job
 
+    def measure(self, rounds: int) -> Comparison:
+        """Time the four jobs in turn; the ratio is our speed-up / the loop's.
 
-def compare(benchmark: Benchmark, rounds: int = 7) -> Comparison:
-    """Time a benchmark: every job once to warm up, then all jobs in turn, round after round.
-
-    Parameters
-    ----------
-    benchmark : Benchmark
-        What to time.
-    rounds : int
-        Rounds; each gives one ratio per peer.
-    """
-    jobs = {"": benchmark.ours, **benchmark.peers}
-    for job in jobs.values():
-        job()
-    seconds = {name: np.empty(rounds) for name in jobs}
-    for n in range(rounds):
-        for name, job in jobs.items():
-            seconds[name][n] = _time(job)
-    ratios = {name: seconds[name] / seconds[""] for name in benchmark.peers}
-    return Comparison(
-        name=benchmark.name,
-        items_per_second=float(benchmark.n_items / np.median(seconds[""])),
-        unit=benchmark.unit,
-        ratios={
-            name: (float(np.median(r)), float(r.min()), float(r.max()))
-            for name, r in ratios.items()
-        },
-        skipped=benchmark.skipped,
-    )
+        Parameters
+        ----------
+        rounds : int
+            Rounds; each gives one ratio.
+        """
+        jobs = {"1": self.one, "2": self.two, "l1": self.limit_one, "l2": self.limit_two}
+        seconds = _interleaved(jobs, rounds)
+        ours = 2 * seconds["1"] / seconds["2"]
+        loop = 2 * seconds["l1"] / seconds["l2"]
+        return Comparison(
+            name=self.name,
+            ours=float(np.median(ours)),
+            unit="times one thread",
+            ratios={self.limit: spread(ours / loop)},
+            limits=(self.limit,),
+        )
 
 
 def in_threads(build: Callable[[], Benchmark], threads: int) -> Benchmark:
-    """The same work once per thread, all at a time; peers do it one after the other.
+    """The same work once per thread, all at a time; no peers.
 
     Parameters
     ----------
     build : callable
         Makes the case; called once per thread, so that no buffer is shared.
     threads : int
-        Threads on our side.
+        Threads; with 1 the case is as ``build`` makes it.
     """
     if threads == 1:
         return build()
     cases = [build() for _ in range(threads)]
-    pool = ThreadPoolExecutor(threads)
-
-    def ours() -> object:
-        return [future.result() for future in [pool.submit(case.ours) for case in cases]]
-
-    def one_after_the_other(peer: Job) -> Job:
-        return lambda: [peer() for _ in cases]
-
+    first = cases[0]
     return replace(
-        cases[0],
-        name=f"{cases[0].name}, {threads} threads",
-        ours=ours,
-        peers={f"{name}, 1 thread": one_after_the_other(p) for name, p in cases[0].peers.items()},
-        n_items=cases[0].n_items * threads,
+        first,
+        name=f"{first.name}, {threads} threads",
+        ours=together([case.ours for case in cases]),
+        peers={},
+        skipped=(),
+        threads=threads,
+        n_items=first.n_items * threads,
+        n_voxels=first.n_voxels * threads,
+        n_visits=first.n_visits * threads,
+        whole=None,
     )
+
+
+def together(jobs: Iterable[Job]) -> Job:
+    """A job that runs several at a time, each in a thread that waits for it.
+
+    Parameters
+    ----------
+    jobs : iterable of callable
+        One per thread.
+    """
+    waiting = list(jobs)
+    pool = ThreadPoolExecutor(len(waiting))
+    return lambda: [future.result() for future in [pool.submit(job) for job in waiting]]
+
+
+def measure_all(
+    cases: Iterable[Callable[[], Measurable]], rounds: int, progress: Progress = silent
+) -> list[Comparison]:
+    """Build and measure cases one after the other.
+
+    Parameters
+    ----------
+    cases : iterable of callable
+        Each makes a case, set up outside the timing.
+    rounds : int
+        Rounds of each.
+    progress : callable, optional
+        Called with (what, cases done, cases in all).
+    """
+    builders = list(cases)
+    comparisons = []
+    for number, build in enumerate(builders):
+        progress("timing", number, len(builders))
+        comparisons.append(build().measure(rounds))
+    progress("timing", len(builders), len(builders))
+    return comparisons
+
+
+# --- clocks and memory ----------------------------------------------------------------------------
+
+
+def spread(values: NDArray[np.float64]) -> Spread:
+    """Median, lowest and highest.
+
+    Parameters
+    ----------
+    values : (n,) float64
+        One per round.
+    """
+    return float(np.median(values)), float(values.min()), float(values.max())
+
+
+def _interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each job in each round, after one call of each that is not timed."""
+    for job in jobs.values():
+        job()
+    seconds = {name: np.empty(rounds) for name in jobs}
+    for n in range(rounds):
+        for name, job in jobs.items():
+            seconds[name][n] = _time(job)
+    return seconds
 
 
 def _time(job: Job, at_least: float = 0.02) -> float:
@@ -165,292 +346,141 @@ def _time(job: Job, at_least: float = 0.02) -> float:
             return passed / calls
 
 
-# --- inputs ---------------------------------------------------------------------------------------
+def _allocated_mb(job: Job) -> float:
+    """MB that a job holds at its peak, as NumPy and Python allocate it; kernels allocate little."""
+    tracemalloc.start()
+    try:
+        job()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
 
 
-@cache
-def _slice() -> NDArray[np.int16]:
-    """A 512 x 512 slice of a phantom's abdomen, HU; made once."""
-    from organfast.painting import paint
-    from organfast.phantom import FieldOfView, phantom
+def peak_resident_mb() -> float | None:
+    """Largest resident memory of this process so far, MB; None where the system does not tell.
 
-    anatomy = phantom(FieldOfView((512, 512, 1), (0.8, 0.8, 3.0), 40.0), seed=1)
-    scan = paint(anatomy, seed=1)
-    found: NDArray[np.int16] = np.ascontiguousarray(scan.working[0])
+    Linux's own count: ``getrusage`` includes what the parent held when it started this process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("utf-8")
+    except OSError:
+        return None
+    peaks = (row.split() for row in status.splitlines() if row.startswith("VmHWM:"))
+    return next((int(peak[1]) * 1024 / 1e6 for peak in peaks), None)
+
+
+# --- what is kept and shown -----------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Facts of this machine that speed depends on; neither its name nor its user's."""
+    cpu, vectors = platform.processor() or platform.machine(), ""
+    try:
+        rows = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        rows = []
+    facts = {key.strip(): value.strip() for key, _, value in (r.partition(":") for r in rows)}
+    cpu = facts.get("model name", cpu)
+    flags = facts.get("flags", "").split()
+    vectors = next((name for name in ("avx512bw", "avx2") if name in flags), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": " ".join(cpu.replace("(R)", "").split()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        "ram_gb": round(memory / 2**30),
+        "vectors": vectors,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def run_record(
+    table: Iterable[Comparison],
+    sweep: Mapping[tuple[str, int, int], Comparison],
+    command: str,
+) -> dict[str, Any]:
+    """A run as JSON would hold it.
+
+    Parameters
+    ----------
+    table : iterable of Comparison
+        The named cases.
+    sweep : mapping of (str, int, int) to Comparison
+        By pattern, stride and threads.
+    command : str
+        What was typed.
+    """
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"organfast": __version__, "python": platform.python_version(), **_versions()},
+        "table": [asdict(c) for c in table],
+        "sweep": [
+            {"pattern": pattern, "stride": stride, "threads": threads, **asdict(c)}
+            for (pattern, stride, threads), c in sweep.items()
+        ],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     return found
 
 
-@cache
-def _labelled_slice() -> NDArray[np.uint8]:
-    """The slice's labels of the default table."""
-    from organfast.phantom import FieldOfView, class_labels, phantom
-
-    anatomy = phantom(FieldOfView((512, 512, 1), (0.8, 0.8, 3.0), 40.0), seed=1)
-    labels = class_labels(anatomy)
-    found: NDArray[np.uint8] = np.ascontiguousarray(labels.transpose(2, 1, 0)[0])
-    return found
-
-
-def _installed(module: str, skipped: list[str]) -> bool:
-    if find_spec(module) is None:
-        skipped.append(module)
-        return False
-    return True
-
-
-# --- cases ----------------------------------------------------------------------------------------
-
-
-def gather_case(size: int, stride: int) -> Benchmark:
-    """Blocks of a slice windowed into a reused buffer, against NumPy and against memcpy.
+def table_rows(comparisons: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(work, our figure, peer, times as fast) of each ratio, for people to read.
 
     Parameters
     ----------
-    size : int
-        Side of a block, odd.
-    stride : int
-        Pixels between blocks. At most 2 MB of blocks are written at a time, as in use.
+    comparisons : iterable of mapping
+        Comparisons as a run's record holds them.
     """
-    from organfast.blocks import gather_blocks
-
-    pixels, window = _slice(), (-160.0, 240.0)
-    half = size // 2
-    padded = np.pad(pixels, half, constant_values=-1024)
-    rows = np.arange(stride // 2, len(pixels), stride)
-    centres = np.stack(np.meshgrid(rows, rows, indexing="ij"), axis=-1).reshape(-1, 2)
-    n = max(1, min(len(centres), 2**21 // (4 * size * size)))
-    out = np.empty((n, size, size), np.float32)
-    memory = np.empty_like(out)
-    n_rows = -(-n // len(rows))
-    views = np.lib.stride_tricks.sliding_window_view(padded, (size, size))
-    views = views[rows[0] :: stride, rows[0] :: stride][:n_rows]
-
-    copied = np.empty(views.shape, np.float32)
-
-    def by_numpy() -> object:
-        scaled = (views.astype(np.float32) - window[0]) / (window[1] - window[0])
-        np.copyto(copied, np.clip(scaled, 0, 1, out=scaled))
-        return copied
-
-    return Benchmark(
-        f"gather {size} px, stride {stride}",
-        lambda: gather_blocks(pixels, centres[:n], size, window, out),
-        {"numpy sliding_window_view + copy": by_numpy, "memcpy": lambda: np.copyto(memory, out)},
-        n_items=n,
-        unit="blocks",
-    )
+    rows = []
+    for c in comparisons:
+        figure = f"{_plain(c['ours'])} {c['unit']}"
+        if c["ns_per_visit"]:
+            figure += f", {c['ns_per_visit']:.2f} ns a node visit"
+        if c["peak_mb"]:
+            figure += f", {c['peak_mb']:,.0f} MB"
+        peers = [
+            (f"{'limit: ' if name in c['limits'] else ''}{name}", f"{_plain(ratio[0])}×")
+            for name, ratio in c["ratios"].items()
+        ]
+        rows += [(c["name"], figure, *peer) for peer in peers or [("", "")]]
+    return rows
 
 
-def enlargement_case(n_classes: int, n_blocks: int, n_pixels: int) -> Benchmark:
-    """Labels and confidence of a slice, against scipy, OpenCV, torch and jax.
+def sweep_rows(comparisons: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """(work, blocks/s, Mvoxel/s, ns per visit, MB, ratio to the first peer), for people to read.
 
     Parameters
     ----------
-    n_classes : int
-        Classes; a few compete at each place, as in a scan.
-    n_blocks : int
-        Blocks along each side.
-    n_pixels : int
-        Pixels along each side, a multiple of ``n_blocks``.
+    comparisons : iterable of mapping
+        Comparisons as a run's record holds them.
     """
-    from scipy import ndimage
-
-    from organfast.probability import enlarge
-
-    probabilities = _competing_classes(n_classes, n_blocks)
-    stride = n_pixels // n_blocks
-    shape = (n_pixels, n_pixels)
-    by_class = np.ascontiguousarray(probabilities.transpose(2, 0, 1))
-
-    def by_scipy() -> object:
-        full = ndimage.zoom(by_class, (1, stride, stride), order=1)
-        return full.argmax(axis=0), full.max(axis=0)
-
-    peers: dict[str, Job] = {"scipy.ndimage.zoom": by_scipy}
-    skipped: list[str] = []
-    if _installed("cv2", skipped):
-        peers["cv2.resize"] = _by_opencv(by_class, shape)
-    if _installed("torch", skipped):
-        peers["torch interpolate"] = _by_torch(by_class, shape)
-    if _installed("jax", skipped):
-        peers["jax.image.resize"] = _by_jax(by_class, shape)
-    return Benchmark(
-        f"enlarge {n_classes} x {n_blocks} x {n_blocks} to {n_pixels} px",
-        lambda: enlarge(probabilities, shape, stride),
-        peers,
-        tuple(skipped),
-        n_items=n_pixels * n_pixels,
-        unit="voxels",
-    )
+    return [
+        (
+            c["name"],
+            f"{c['ours']:,.0f}",
+            f"{c['voxels_per_second'] / 1e6:.2f}",
+            f"{c['ns_per_visit']:.2f}",
+            f"{c['peak_mb']:.0f}" if c["peak_mb"] else "",
+            next((f"{_plain(ratio[0])}×" for ratio in c["ratios"].values()), ""),
+        )
+        for c in comparisons
+    ]
 
 
-def _competing_classes(n_classes: int, n_blocks: int) -> NDArray[np.float32]:
-    """Smooth maps in which a few classes compete at each place and the others are all but zero."""
-    from scipy import ndimage
+def _plain(number: float) -> str:
+    """Two or three digits, and none after the point from 20 on.
 
-    fields = np.random.default_rng(0).normal(size=(n_classes, n_blocks, n_blocks))
-    smooth = ndimage.gaussian_filter(fields, (0, n_blocks / 16, n_blocks / 16), mode="nearest")
-    logits = 4 * smooth / smooth.std()
-    weights = np.exp(logits - logits.max(axis=0))
-    weights[weights < 1e-3] = 0  # a forest's leaves give exact zeros
-    probabilities = (weights / weights.sum(axis=0)).astype(np.float32)
-    return np.ascontiguousarray(probabilities.transpose(1, 2, 0))
-
-
-def _by_opencv(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
-    """Class by class with a running maximum: several times faster than 23 channels and argmax."""
-    import cv2
-
-    cv2.setNumThreads(1)
-
-    def job() -> object:
-        labels = np.zeros(shape, np.uint8)
-        best = cv2.resize(by_class[0], shape[::-1], interpolation=cv2.INTER_LINEAR)
-        for label, coarse in enumerate(by_class[1:], start=1):
-            full = cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR)
-            labels[full > best] = label
-            np.maximum(best, full, out=best)
-        return labels, best
-
-    return job
-
-
-def _by_jax(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
-    import jax
-
-    def enlarged(coarse: Any) -> Any:
-        full = jax.image.resize(coarse, (len(by_class), *shape), "linear")
-        return full.argmax(axis=0), full.max(axis=0)
-
-    compiled = jax.jit(enlarged)
-    return lambda: jax.block_until_ready(compiled(by_class))
-
-
-def _by_torch(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
-    import torch
-
-    torch.set_num_threads(1)
-    batch = torch.from_numpy(by_class)[None]
-
-    def job() -> object:
-        full = torch.nn.functional.interpolate(batch, size=shape, mode="bilinear")
-        return full.max(dim=1)
-
-    return job
-
-
-def load_case(shape: tuple[int, int, int]) -> Benchmark:
-    """A compressed scan read to HU, against nibabel's ``get_fdata`` and against inflating alone.
-
-    Parameters
-    ----------
-    shape : (n_x, n_y, n_z) int
-        Voxels of the scan: at most 512 columns and rows; the middle of a phantom's slice, shifted
-        from slice to slice.
+    >>> [_plain(n) for n in (0.8512, 5.04, 12.34, 21.7, 123456.7)]
+    ['0.85', '5.0', '12.3', '22', '123,457']
     """
-    import nibabel
-    from isal import igzip
-
-    from organfast.nifti import read_volume, write_volume
-    from organfast.volume import Volume
-
-    hu = np.empty(shape, np.int16, order="F")
-    first_row, first_column = (512 - shape[1]) // 2, (512 - shape[0]) // 2
-    pixels = _slice()[first_row:, first_column:][: shape[1], : shape[0]].T
-    for z in range(shape[2]):
-        hu[:, :, z] = np.roll(pixels, z, axis=1)
-    folder = tempfile.mkdtemp(prefix="organfast-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder) / "scan.nii.gz"
-    write_volume(path, Volume(hu, np.diag([0.8, 0.8, 3.0, 1.0])))
-
-    def inflate() -> object:
-        with igzip.open(path) as file:
-            return sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
-
-    return Benchmark(
-        f"read {' x '.join(map(str, shape))} int16 .nii.gz",
-        lambda: read_volume(path),
-        {
-            "nibabel get_fdata(float32)": lambda: nibabel.load(path).get_fdata(dtype=np.float32),
-            "isal inflate alone": inflate,
-        },
-        n_items=hu.size,
-        unit="voxels",
-    )
-
-
-def forest_case(size: int, stride: int, n_trees: int = 100, n_per_class: int = 400) -> Benchmark:
-    """Probabilities at every position of a slice, against scikit-learn on copied blocks.
-
-    One thread on both sides, trees of unlimited depth, every position of the block grid inside the
-    body or not. Both probabilities are checked to be equal, bit for bit, before anything is timed.
-
-    Parameters
-    ----------
-    size : int
-        Side of a block, odd.
-    stride : int
-        Pixels between positions.
-    n_trees : int
-        Trees.
-    n_per_class : int
-        Training blocks per class.
-    """
-    from organfast.blocks import Block, gather_blocks
-    from organfast.grid import BlockGrid, GridVolume
-    from organfast.levels import levels_slab
-    from organfast.models.forest import Forest
-
-    pattern = Block(size)
-    estimator = _estimator(size, n_trees, n_per_class)
-    forest = Forest.from_sklearn(estimator, pattern, N_CLASSES)
-    pixels = _slice()
-    volume = GridVolume(pixels[None])
-    slab = levels_slab(volume, pattern, 0, 1)
-    rows, columns = BlockGrid(volume.shape, (1, stride, stride)).centres[1:]
-    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-    positions = np.zeros((len(centres), 3), np.int32)
-    positions[:, 1:] = centres + size // 2
-    blocks = gather_blocks(pixels, centres, size).reshape(len(centres), -1)
-    found = np.empty((len(centres), N_CLASSES))
-
-    def ours() -> None:
-        forest.probabilities(slab, positions, found)
-
-    ours()
-    expected = np.zeros_like(found)
-    expected[:, estimator.classes_] = estimator.predict_proba(blocks)
-    np.testing.assert_array_equal(found, expected)
-    return Benchmark(
-        f"forest {n_trees} trees, {size} px, stride {stride}",
-        ours,
-        {"scikit-learn predict_proba": lambda: estimator.predict_proba(blocks)},
-        n_items=len(centres),
-        unit="blocks",
-    )
-
-
-@cache
-def _estimator(size: int, n_trees: int, n_per_class: int) -> Any:
-    """A random forest of scikit-learn that learned the slice's own classes from its blocks."""
-    from sklearn.ensemble import RandomForestClassifier
-
-    from organfast.blocks import gather_blocks
-    from organfast.sampling import sample_positions
-
-    n_wanted = dict.fromkeys(range(N_CLASSES), n_per_class)
-    positions, labels = sample_positions(_labelled_slice()[None], n_wanted, seed=0)
-    blocks = gather_blocks(_slice(), positions[:, 1:], size).reshape(len(positions), -1)
-    estimator = RandomForestClassifier(n_trees, random_state=0, n_jobs=-1)
-    return estimator.fit(blocks, labels).set_params(n_jobs=1)
-
-
-# Name -> builder, as `organfast bench` prints them. Builders do their set-up when they are called.
-CASES: dict[str, Callable[[], Benchmark]] = {
-    "gather": partial(gather_case, 33, 33),
-    "gather_dense": partial(gather_case, 33, 8),
-    "enlarge": partial(enlargement_case, 23, 64, 512),
-    "load": partial(load_case, (512, 512, 300)),
-    **{f"forest_{size}": partial(forest_case, size, 8) for size in SIZES},
-}
+    decimals = 2 if number < 2 else 1 if number < 20 else 0
+    return f"{number:,.{decimals}f}"

@@ -397,30 +397,37 @@ def info(
 
 @app.command()
 def bench(
+    full: Annotated[
+        bool, typer.Option("--full", help="All block sizes, strides and threads, too.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time the kernels against their peers on this machine, as ratios."""
-    from organfast.bench import CASES, compare
+    """Time organfast against its peers and this machine's limits, as ratios; takes minutes."""
+    from organfast.bench import measure_all, run_record, sweep_rows, table_rows
+    from organfast.benchcases import SWEEP, TABLE
 
-    comparisons = []
+    rounds = 3 if quick else 9
+    command = f"organfast bench{' --full' if full else ''}{' --quick' if quick else ''}"
     with _progress() as progress:
-        for number, build in enumerate(CASES.values()):
-            progress("timing", number, len(CASES))
-            comparisons.append(compare(build(), rounds=3 if quick else 9))
-        progress("timing", len(CASES), len(CASES))
+        table = measure_all(TABLE.values(), rounds, progress)
+        sweep = measure_all(SWEEP.values() if full else (), 3, progress)
+    record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command)
     if as_json:
-        _json([vars(c) for c in comparisons])
+        _json(record)
         return
-    rows = [
-        (c.name, f"{c.items_per_second:,.0f} {c.unit}/s", peer, f"{r[0]:.1f}x")
-        for c in comparisons
-        for peer, r in c.ratios.items()
-    ]
-    _table(("work", "ours", "peer", "ours is faster by"), rows)
-    skipped = sorted({name for c in comparisons for name in c.skipped})
+    machine = record["machine"]
+    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB, {record['date']}\n")
+    _table(("work", "ours", "against", "times as fast"), table_rows(record["table"]))
+    if full:
+        print()
+        _table(
+            ("work", "positions/s", "Mvoxel/s", "ns a visit", "MB", "times scikit-learn"),
+            sweep_rows(record["sweep"]),
+        )
+    skipped = sorted({name for c in record["table"] for name in c["skipped"]})
     if skipped:
-        print(f"not installed, skipped: {', '.join(skipped)}")
+        print(f"\nnot installed, skipped: {', '.join(skipped)}")
 
 
 # --- arguments ------------------------------------------------------------------------------------

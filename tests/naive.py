@@ -608,3 +608,19 @@ def finish_page(page, k, noise_hu, seed, hu_of, unit_of):
             value = in_units(hu + noise_hu * random_normal(seed, n), unit_of)
         out[i, j] = np.floor(value + 0.5)
     return out
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def gathered(voxels, places):
+    return sum(int(voxels[place]) for place in places)
+
+
+def shifted(n):
+    state = 88172645463325252
+    for _ in range(n):
+        state ^= (state << 13) % 2**64
+        state ^= state >> 7
+        state ^= (state << 17) % 2**64
+    return state
