@@ -203,6 +203,9 @@ def train(
         Path | None,
         typer.Option(help="An earlier model: half of the blocks are drawn where it errs."),
     ] = None,
+    augment: Annotated[
+        int, typer.Option(min=0, help="Altered copies of each case to draw blocks from as well.")
+    ] = 0,
     max_memory: Annotated[
         str | None,
         typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
@@ -214,6 +217,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Learn a model from a folder of labelled scans, and score it on patients held out."""
+    from organfast.augmentation import Augmentation
     from organfast.blocks import Block
     from organfast.grid import ModelGrid
     from organfast.layouts import find_cases
@@ -235,6 +239,7 @@ def train(
         split=None if split is None else _split(split, found),
         seed=seed,
         sampling=Sampling(nuisance=nuisance, guide=None if guide is None else load_model(guide)),
+        augmentation=Augmentation(copies=augment) if augment else None,
         max_memory_gb=None if max_memory is None else _gigabytes("--max-memory", max_memory),
     )
     check_file_target(out)

@@ -3,14 +3,15 @@
 ::
 
     case --(labelled_scan)--> scan and labels on the model grid: classes, and what lies beside them
-         --(sample_positions)--> as many positions of each label, half of them where a guide errs
+         --(altered_copy)--> the same and some altered copies
+         --(sample_positions)--> as many positions of each class, half of them where a guide errs
          --(features_at)--> one row each --(train_forest)--> labels told apart, classes summed up
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from os import PathLike
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
+from organfast.augmentation import Augmentation, altered_copy, jittered
 from organfast.blocks import Block, Context
 from organfast.body import body_mask
 from organfast.errors import is_whole
@@ -55,8 +57,6 @@ NATIVE_STRIDE = (1, 4, 4)
 WORKING_STRIDE = (2, 3, 3)
 
 
-NUISANCE_SHARE = 4
-"""A structure beside the table gets a fourth of an organ's positions: there are many of them."""
 EASIEST = 0.02
 """Weight of a voxel that the guide is certain of, beside 1 for one that it gets wholly wrong."""
 GIB = 1 << 30
@@ -73,7 +73,9 @@ class Sampling:
         are learned one by one, and their probabilities summed into the class they lie in; see
         ``dataset_nuisance``.
     n_per_nuisance : int or None
-        Most positions of each of them and patient; None is a fourth of ``n_per_class``.
+        Most positions of each of them and patient, besides those of the classes. None draws as
+        many positions of a class as if nothing lay beside it: a structure has as many as its volume
+        brings.
     guide : Model or None
         An earlier model of the same classes on the same grid. Positions are drawn where its
         probability maps are wrong: with weight 1 - p(true class).
@@ -129,6 +131,7 @@ class Sampling:
         """As the record of a model holds it."""
         return {
             "nuisance": self.nuisance,
+            "n_per_nuisance": self.n_per_nuisance,
             "guide": None if self.guide is None else self.guide.digest,
             "guided_share": None if self.guide is None else self.guided_share,
         }
@@ -149,7 +152,6 @@ class Recipe:
         The context classes get this many times as many: what lies between the organs is more
         varied than any organ, and every organ borders on it. None is 3, but 1 where a single
         patient trains: its context teaches little of the next one's, and displaces the organs.
-        Structures beside the table are not counted in it, see ``Sampling``.
     forest : ForestSettings
         Kind and size of the forest.
     classes : ClassTable or None
@@ -160,6 +162,9 @@ class Recipe:
         Seed of the split and of the positions; the forest has its own.
     sampling : Sampling
         Where positions come from.
+    augmentation : Augmentation or None
+        Each case is drawn from as it is, and as often in each of so many altered copies: with 2
+        copies there are three times as many positions.
     max_memory_gb : float or None
         Most memory that what is learned from may take, GiB; None is half of the machine's.
 
@@ -177,6 +182,7 @@ class Recipe:
     split: Split | None = None
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    augmentation: Augmentation | None = None
     max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -187,8 +193,13 @@ class Recipe:
         if self.max_memory_gb is not None and not self.max_memory_gb > 0:
             raise ValueError(f"max_memory_gb is {self.max_memory_gb!r}; give GiB above 0, or None")
 
+    @property
+    def n_versions(self) -> int:
+        """How often a case is drawn from: as it is, and once in each altered copy."""
+        return 1 + (self.augmentation.copies if self.augmentation else 0)
+
     def n_of_each(self, classes: ClassTable, n_nuisance: int, n_patients: int) -> list[int]:
-        """Most training positions of each class and of each structure beside the table.
+        """Most training positions of each class and of each structure that is drawn by itself.
 
         Parameters
         ----------
@@ -202,9 +213,9 @@ class Recipe:
         usual = 1 if n_patients == 1 else 3
         factor = usual if self.context_factor is None else self.context_factor
         roles = (s.role for s in classes.structures)
-        beside = self.sampling.n_per_nuisance or max(1, self.n_per_class // NUISANCE_SHARE)
         of_classes = [self.n_per_class * (factor if role == "context" else 1) for role in roles]
-        return of_classes + [beside] * n_nuisance
+        beside = self.sampling.n_per_nuisance
+        return of_classes if beside is None else of_classes + [beside] * n_nuisance
 
     def check_memory(self, n_examples: int, n_features: int, n_parts: int) -> None:
         """Raise ValueError when the features of the examples would take too much memory.
@@ -216,7 +227,7 @@ class Recipe:
         n_features : int
             Of the pattern, four bytes each.
         n_parts : int
-            Parts that come one by one, before they are stacked.
+            Parts that they come in, one by one: the last is there twice when they are stacked.
         """
         allowed = self.max_memory_gb or _machine_memory_gb() / 2
         needed = 4 * n_features * (n_examples + n_examples / max(n_parts, 1)) / GIB
@@ -224,7 +235,8 @@ class Recipe:
             raise ValueError(
                 f"{n_examples:,} examples of {n_features:,} features take up to {needed:.3g} GiB, "
                 f"and {allowed:.3g} GiB are allowed; use a smaller block, fewer positions per "
-                "class (n_per_class) or fewer patients, or allow more (max_memory_gb)"
+                "class (n_per_class), fewer patients or fewer altered copies, or allow more "
+                "(max_memory_gb)"
             )
 
 
@@ -321,6 +333,7 @@ def train(
         "seed": recipe.seed,
         "forest": asdict(recipe.forest),
         "sampling": recipe.sampling.to_dict(),
+        "augmentation": None if recipe.augmentation is None else recipe.augmentation.to_dict(),
     }
     model = Model(
         classifier=forest,
@@ -351,35 +364,87 @@ def _training_set(
     """Features and labels of the training positions, and the record of where they are from."""
     n_patients = len({case.patient for case in cases})
     n_of_each = recipe.n_of_each(fine.classes, len(fine.beside), n_patients)
-    recipe.check_memory(sum(n_of_each) * len(cases), pattern.n_features, len(cases))
+    n_parts = recipe.n_versions * len(cases)
+    recipe.check_memory(sum(n_of_each) * n_parts, pattern.n_features, n_parts)
     features, labels, spacings, digests, warnings = [], [], [], {}, []
     for number, case in enumerate(cases):
         progress("reading cases", number, len(cases))
         scan = labelled_scan(case, fine.classes, recipe.grid, fine.nuisance)
-        positions, drawn = sample_positions(
-            scan.labels,
-            dict(enumerate(n_of_each)),
-            (recipe.seed, number),
-            _hardness(scan, fine, recipe.sampling.guide, threads),
-            recipe.sampling.guided_share,
-        )
-        features.append(features_at(scan.grid_volume, pattern, positions))
-        labels.append(drawn)
+        for version in _versions(scan, fine, recipe, (recipe.seed, number), threads):
+            positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, threads)
+            jitter = version.jitter(pattern)
+            features.append(features_at(version.scan.grid_volume, pattern, positions, jitter))
+            labels.append(drawn)
         spacings.append(scan.grid_volume.spacing_mm)
         digests[case.name] = _case_digests(case)
         warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
     progress("reading cases", len(cases), len(cases))
-    counts = np.stack([np.bincount(y, minlength=len(n_of_each)) for y in labels])
+    counts = np.stack([np.bincount(y, minlength=len(fine.names)) for y in labels])
+    of_cases = counts.reshape(len(cases), -1, len(fine.names)).sum(axis=1)
     record = {
         "cases": digests,
         "nuisance": {name: fine.classes.names[n] for name, n in fine.beside.items()},
         "n_of_each_class": n_of_each,
         "n_examples": int(counts.sum()),
-        "n_cases_with": dict(zip(fine.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
+        "n_cases_with": dict(zip(fine.names, (of_cases > 0).sum(axis=0).tolist(), strict=True)),
         "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
         "warnings": warnings,
     }
     return _stacked(features), np.concatenate(labels), record
+
+
+@dataclass(frozen=True, eq=False)
+class _Version:
+    """A case as it is, or an altered copy of it; the seed is its own."""
+
+    scan: LabelledScan
+    seed: tuple[int, ...]
+    augmentation: Augmentation | None = None
+
+    def drawn(
+        self, fine: _Fine, n_of_each: Sequence[int], sampling: Sampling, threads: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Positions, and the label that is to be learned of each."""
+        labels, by_itself = self.scan.labels, sampling.n_per_nuisance is not None
+        positions, drawn = sample_positions(
+            labels if by_itself else fine.merged(labels),
+            dict(enumerate(n_of_each)),
+            self.seed,
+            _hardness(self.scan, fine, sampling.guide, threads),
+            sampling.guided_share,
+        )
+        return positions, drawn if by_itself else labels[tuple(positions.T)].astype(np.int64)
+
+    def jitter(self, pattern: Block | Context) -> Callable[[int], NDArray[np.int32]] | None:
+        """Offsets to read around the positions of a slice, if not the pattern's."""
+        how = self.augmentation
+        if how is None or not (how.jitter_deg or how.jitter_scale):
+            return None
+        # A seed sequence takes missing numbers for zeros, so a slice's never is zero.
+        return lambda k: jittered(
+            pattern.offsets, np.random.default_rng((*self.seed, k + 1)), how, pattern.reach
+        )
+
+
+def _versions(
+    scan: LabelledScan, fine: _Fine, recipe: Recipe, seed: tuple[int, int], threads: int
+) -> Iterator[_Version]:
+    """A case as it is, then its altered copies, one by one."""
+    yield _Version(scan, seed)
+    how = recipe.augmentation
+    if how is None:
+        return
+    for copy in range(1, recipe.n_versions):
+        volume, labels = altered_copy(
+            scan.grid_volume,
+            scan.labels,
+            fine.classes,
+            how,
+            (*seed, copy),
+            beside=tuple(fine.beside),
+            threads=threads,
+        )
+        yield _Version(LabelledScan(volume, labels), (*seed, copy), how)
 
 
 def _hardness(

@@ -1,0 +1,261 @@
+"""Learning: what lies beside the classes, guides, altered copies, memory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from organfast import learning
+from organfast.anatomy import ClassTable
+from organfast.augmentation import Augmentation
+from organfast.blocks import Block
+from organfast.body import body_mask
+from organfast.errors import InputError
+from organfast.grid import BlockGrid, ModelGrid, to_model_grid
+from organfast.layouts import dataset_nuisance, find_cases, write_case
+from organfast.learning import Recipe, Sampling, train
+from organfast.metrics import dice_per_class
+from organfast.models.classifier import Model, load_model, save_model
+from organfast.models.forest import ForestSettings
+from organfast.painting import paint
+from organfast.phantom import FieldOfView, class_labels, phantom, phantom_table
+from organfast.pipeline import segment
+from organfast.sampling import LabelledScan, Split, slabs_at
+
+FIELD = FieldOfView((72, 72, 40), (5.0, 5.0, 12.0))
+GRID = ModelGrid((6.5, 6.0, 10.0), "piecewise")
+SPLIT = Split(("p0", "p1"), test=("p2",))
+BLOCK = Block(9, levels=(1, 3))
+RECIPE = Recipe(
+    grid=GRID, n_per_class=100, forest=ForestSettings("extra_trees", n_trees=12), split=SPLIT
+)
+DEFAULT = ClassTable.default()
+
+
+@pytest.fixture(scope="module")
+def fine_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three phantoms with all their labels, down to single ribs."""
+    folder = tmp_path_factory.mktemp("fine")
+    for n in range(3):
+        anatomy = phantom(FIELD, n)
+        write_case(folder, f"p{n}", paint(anatomy, n), anatomy.labels, phantom_table())
+    return folder
+
+
+def learn(cases: Path, threads: int = 1, **changes: Any) -> Model:
+    return train(cases, BLOCK, replace(RECIPE, **{"classes": DEFAULT, **changes}), threads=threads)
+
+
+@pytest.fixture(scope="module")
+def model(fine_cases: Path) -> Model:
+    return learn(fine_cases)
+
+
+# --- what lies beside the classes -----------------------------------------------------------------
+
+
+def test_what_lies_beside_the_classes_is_told_apart_and_summed_up(
+    model: Model, fine_cases: Path
+) -> None:
+    assert model.classes == DEFAULT
+    assert model.classifier.n_classes == 23
+    beside = model.training["nuisance"]
+    assert beside["stomach"] == "thorax_abdomen"
+    assert beside["rib_left"] == "body_envelope"
+    assert set(beside) == set(dataset_nuisance(find_cases(fine_cases), DEFAULT))
+    drawn = model.training["n_cases_with"]
+    assert drawn["liver"] == drawn["colon"] == drawn["background"] == 2
+    assert drawn["thorax_abdomen"] == 0  # each voxel of it has a name of its own
+    # The scan is labelled down to the last voxel, so its context is not lost.
+    anatomy = phantom(FIELD, 9)
+    truth = class_labels(anatomy)
+    found = segment(paint(anatomy, 9), model).labels
+    dice = dict(zip(DEFAULT.names, dice_per_class(truth, found, 23), strict=True))
+    for name in ("lung_right", "lung_left", "liver"):
+        assert dice[name] > 0.6, name
+    assert json.dumps(model.training)
+
+
+def test_a_model_is_scored_on_the_classes_of_its_table(model: Model) -> None:
+    counts = np.array(model.scores["test"]["confusion"])
+    assert counts.shape == (23, 23)
+    assert counts[DEFAULT.index("thorax_abdomen")].sum() == RECIPE.n_per_class
+    assert counts[DEFAULT.index("body_envelope")].sum() == RECIPE.n_per_class
+
+
+def test_drawn_with_the_classes_or_so_many_of_each(model: Model, fine_cases: Path) -> None:
+    apart = learn(fine_cases, sampling=Sampling(n_per_nuisance=7))
+    n_beside = len(model.training["nuisance"])
+    assert model.training["n_of_each_class"] == [100, 300, 300, *[100] * 20]
+    assert apart.training["n_of_each_class"] == [100, 300, 300, *[100] * 20, *[7] * n_beside]
+    without = learn(fine_cases, sampling=Sampling(nuisance=False))
+    assert without.training["nuisance"] == {}
+    assert set(without.training["n_cases_with"]) == set(DEFAULT.names)
+    # What is not told apart is context where the case annotates every organ, and no wall.
+    assert without.training["n_cases_with"]["thorax_abdomen"] == 2
+    assert without.training["n_cases_with"]["body_envelope"] == 0
+    assert model.training["n_examples"] == without.training["n_examples"] + 2 * 300
+
+
+@pytest.mark.parametrize("nuisance", [True, False])
+def test_a_structure_is_context_even_where_an_organ_was_not_drawn(
+    fine_cases: Path, tmp_path: Path, nuisance: bool
+) -> None:
+    """In a case without spleen the rest of the inside is nobody's, but its muscle is known."""
+    table = (fine_cases / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(table)
+    for n in range(2):
+        (tmp_path / f"p{n}").mkdir()
+        for file in ("ct.nii.gz", "labels.nii.gz"):
+            (tmp_path / f"p{n}" / file).symlink_to(fine_cases / f"p{n}" / file)
+    (tmp_path / "p1" / "labels.csv").write_text(table.replace(",spleen\n", ",rest\n"))
+    recipe = replace(
+        RECIPE,
+        classes=DEFAULT.keep(["thorax_abdomen", "liver", "spleen"]),
+        split=Split(("p1",)),
+        sampling=Sampling(nuisance=nuisance),
+    )
+    found = train(tmp_path, BLOCK, recipe).training["n_cases_with"]
+    assert found.get("body_wall_muscle", 0) == nuisance
+    assert found["thorax_abdomen"] == found["spleen"] == 0
+    assert found["background"] == found["liver"] == 1
+
+
+# --- a guide --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guided(model: Model, fine_cases: Path) -> Model:
+    return learn(fine_cases, sampling=Sampling(guide=model))
+
+
+def test_a_guide_is_named_in_the_record(model: Model, guided: Model) -> None:
+    assert guided.training["sampling"]["guide"] == model.digest
+    assert guided.training["sampling"]["guided_share"] == 0.5
+    assert model.training["sampling"]["guide"] is None
+    assert guided.training["n_examples"] == model.training["n_examples"]
+    assert guided.digest != model.digest
+
+
+def test_a_guide_from_a_file_gives_the_same_model_for_any_number_of_threads(
+    model: Model, guided: Model, fine_cases: Path, tmp_path: Path
+) -> None:
+    save_model(model, tmp_path / "guide.organfast")
+    guide = load_model(tmp_path / "guide.organfast")
+    assert learn(fine_cases, 2, sampling=Sampling(guide=guide)).digest == guided.digest
+
+
+def test_hard_voxels_are_those_the_guide_gets_wrong(model: Model) -> None:
+    """Of each voxel, 1 - p(its class) at the block nearest to it."""
+    volume = to_model_grid(paint(phantom(FIELD, 4), 4), GRID)
+    labels = np.random.default_rng(0).integers(0, 25, volume.shape).astype(np.uint8)
+    labels[0, :9] = 255
+    beside = {"stomach": 2, "rib": 1}
+    guide = replace(model, stride=(3, 5, 7))
+    found = learning._hardness(
+        LabelledScan(volume, labels), learning._Fine(DEFAULT, beside), guide, 2
+    )
+    assert found is not None
+    assert found.shape == labels.shape
+
+    blocks = BlockGrid(volume.shape, guide.stride)
+    inside = body_mask(volume, blocks)
+    voxels = np.argwhere(labels < 255)[::97]
+    for voxel in voxels:
+        # Strides are odd, so that no voxel is as near to two blocks.
+        at = [int(abs(c - x).argmin()) for c, x in zip(blocks.centres, voxel, strict=True)]
+        label = int(labels[tuple(voxel)])
+        true = [*range(23), *beside.values()][label]
+        centre = np.array([[c[n] for c, n in zip(blocks.centres, at, strict=True)]], np.int32)
+        p = np.zeros((1, 23), np.float32)
+        p[0, 0] = 1
+        if inside[tuple(at)]:
+            ((_, slab, local),) = slabs_at(volume, guide.pattern, centre)
+            guide.classifier.probabilities(slab, local, p)
+        expected = max(1 - p[0, true], learning.EASIEST)
+        np.testing.assert_allclose(found[tuple(voxel)], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": DEFAULT.keep(["thorax_abdomen", "liver"])}, "knows other classes .*aorta"),
+        ({"grid": ModelGrid((6.0, 6.0, 10.0), "piecewise")}, "the guide works on the grid"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(
+    model: Model, fine_cases: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        learn(fine_cases, sampling=Sampling(guide=model), **change)
+
+
+# --- altered copies -------------------------------------------------------------------------------
+
+WILD = Augmentation(copies=2, jitter_deg=10.0, jitter_scale=0.2, crop_mm=None)
+
+
+def test_each_copy_is_drawn_from_as_often_as_the_case(model: Model, fine_cases: Path) -> None:
+    altered = learn(fine_cases, augmentation=WILD)
+    np.testing.assert_allclose(
+        altered.training["n_examples"], 3 * model.training["n_examples"], rtol=0.05
+    )
+    assert altered.training["augmentation"] == WILD.to_dict()
+    assert altered.training["n_cases_with"]["liver"] == 2
+    assert model.training["augmentation"] is None
+    assert learn(fine_cases, 2, augmentation=WILD).digest == altered.digest
+    still = learn(fine_cases, augmentation=replace(WILD, jitter_deg=0.0, jitter_scale=0.0))
+    assert still.digest != altered.digest
+
+
+def test_copies_that_alter_nothing_are_the_case_drawn_again(model: Model, fine_cases: Path) -> None:
+    again = learn(fine_cases, augmentation=Augmentation.off(copies=1))
+    assert again.training["n_examples"] == 2 * model.training["n_examples"]
+    none = learn(fine_cases, augmentation=Augmentation.off(copies=0))
+    np.testing.assert_array_equal(none.classifier.nodes, model.classifier.nodes)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_what_memory_will_not_hold_is_refused_before_it_is_drawn(
+    fine_cases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(learning, "labelled_scan", lambda *_: read.append(1))
+    words = (
+        r"5,\d{3} examples of 162 features take up to 0\.\d+ GiB, and 0.001 GiB are allowed; use"
+    )
+    with pytest.raises(ValueError, match=words):
+        learn(fine_cases, max_memory_gb=0.001)
+    with pytest.raises(ValueError, match="are allowed"):
+        train(fine_cases, Block(255), replace(RECIPE, classes=DEFAULT, n_per_class=10**7))
+    assert not read
+
+
+def test_a_table_that_the_dataset_lacks_is_refused(fine_cases: Path) -> None:
+    table = ClassTable.from_names(["liver", "livre"])
+    with pytest.raises(ValueError, match="names livre, which no case") as caught:
+        learn(fine_cases, classes=table)
+    assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Sampling(n_per_nuisance=0), "n_per_nuisance is 0"),
+        (lambda: Sampling(guided_share=1.5), "guided_share is 1.5"),
+        (lambda: Sampling(guided_share=float("nan")), "guided_share is nan"),
+        (lambda: Recipe(max_memory_gb=0), "max_memory_gb is 0"),
+        (lambda: Recipe(max_memory_gb=float("nan")), "max_memory_gb is nan"),
+    ],
+)
+def test_settings_out_of_range_are_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
