@@ -624,3 +624,9 @@ def shifted(n):
         state ^= state >> 7
         state ^= (state << 17) % 2**64
     return state
+
+
+def label_forest(nodes, tree_starts, leaf_table, slab, offsets, positions):
+    """The greatest share after all trees, the lowest class of equal ones."""
+    shares = walk_forest(nodes, tree_starts, leaf_table, slab, offsets, positions)
+    return shares.argmax(axis=1)

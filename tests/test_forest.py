@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -16,8 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from organfast.blocks import Block
-from organfast.kernels.forest import CHUNK, walk_forest
-from organfast.models.forest import NODE, Forest, ForestSettings, train_forest
+from organfast.kernels.forest import CHUNK, PATHS, label_forest, walk_forest
+from organfast.models import forest as module
+from organfast.models.forest import NODE, Forest, ForestSettings, kernel_path, train_forest
 
 N_CLASSES = 7
 SEEN = (0, 2, 3, 6)  # labels with samples
@@ -124,12 +127,36 @@ def asked(forest: Forest, slab, positions, dtype=np.float64):
     return out
 
 
+def labelled(forest: Forest, slab, positions):
+    out = np.full(len(positions), 65_535, np.uint16)
+    n_walks = forest.labels(slab, positions, out)
+    return out, n_walks
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Every path that this machine has, one after the other."""
+    monkeypatch.setenv("ORGANFAST_KERNELS", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["slab read", "features copied first"])
+def staging(request, monkeypatch):
+    """Whether the walk reads the slab itself or a copy of what each position reads."""
+    is_copied = request.param == "features copied first"
+    monkeypatch.setattr(module, "_CACHE_BYTES", -1 if is_copied else 1 << 62)
+    monkeypatch.setattr(Forest, "_n_visits", np.inf)
+    return request.param
+
+
 # --- equal to scikit-learn, and to the twin -------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PATTERNS)
-def test_probabilities_equal_scikit_learn_in_every_memory_order(name: str, layout: str) -> None:
+def test_probabilities_equal_scikit_learn_in_every_memory_order(
+    name: str, layout: str, path: str, staging: str
+) -> None:
     pattern, model = PATTERNS[name], estimator(name)
     forest = Forest.from_sklearn(model, pattern, N_CLASSES)
     plain = room(pattern)
@@ -137,11 +164,12 @@ def test_probabilities_equal_scikit_learn_in_every_memory_order(name: str, layou
     positions = places(slab, pattern, 700)
     found = asked(forest, slab, positions)
     np.testing.assert_array_equal(found, expected(model, plain, pattern, positions))
+    np.testing.assert_array_equal(labelled(forest, slab, positions)[0], found.argmax(axis=1))
     np.testing.assert_array_equal(slab, before)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 15, 16, 17, 1000, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
-def test_any_number_of_positions(n: int) -> None:
+@pytest.mark.parametrize("n", [*range(20), 31, 32, 33, 255, 1000, CHUNK, CHUNK + 1, CHUNK + 40])
+def test_any_number_of_positions(n: int, path: str) -> None:
     pattern, model = PATTERNS["scattered"], estimator("scattered")
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
     positions = places(slab, pattern, n)
@@ -169,7 +197,7 @@ def test_every_kind_of_forest(kind: str, limits) -> None:
     np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
 
 
-def test_neighbours_in_one_row_and_one_position_repeated() -> None:
+def test_neighbours_in_one_row_and_one_position_repeated(path: str) -> None:
     pattern, model = PATTERNS["block"], estimator("block")
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
     row = np.stack([np.full(30, 1), np.full(30, 9), np.arange(4, 34)], axis=1).astype(np.int32)
@@ -230,15 +258,166 @@ def test_kernel_equals_twin_on_any_trees(forest: Forest, n: int, seed: int) -> N
 
 
 @pytest.mark.parametrize("n_together", [1, 3, 64, CHUNK])
-def test_kernel_walks_any_number_together(n_together: int) -> None:
+@pytest.mark.parametrize("n_staged", [0, 1, 50])
+def test_kernels_walk_any_number_together(n_together: int, n_staged: int) -> None:
     pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
     positions = places(slab, pattern, 130)
-    reads = (forest.offsets.astype(np.intp) * slab.strides).sum(axis=1)
+    staged = np.empty((forest.n_features if n_staged else 0, n_staged), np.int16)
+    arguments = forest._walk(slab, positions) | {
+        "staged_reads": np.arange(len(staged)) * 2 * n_staged,
+        "staged": staged,
+        "sums": np.empty((n_together, N_CLASSES)),
+        "path": 0,
+    }
     arrays = (forest.nodes, forest.tree_starts, forest.leaf_table)
-    sums, out = np.empty((n_together, N_CLASSES)), np.empty((130, N_CLASSES))
-    walk_forest(*arrays, slab, reads, positions, sums, out)
+    out, labels = np.empty((130, N_CLASSES)), np.empty((130, 2), np.uint16)[:, 1]
+    walk_forest(**arguments, out=out)
     np.testing.assert_array_equal(out, naive.walk_forest(*arrays, slab, forest.offsets, positions))
+    label_forest(**arguments, out=labels, n_between=1)
+    np.testing.assert_array_equal(
+        labels, naive.label_forest(*arrays, slab, forest.offsets, positions)
+    )
+
+
+# --- the two walks, on every path -----------------------------------------------------------------
+
+
+def wide_case():
+    """A forest on a slice so wide that rows of it are too far apart to be walked as one set."""
+    pattern, model = PATTERNS["block"], estimator("block")
+    slab = np.zeros((1, 1, 60, 70_000), np.int16)
+    slab[:] = hu(slab.shape[2:], 11)
+    return pattern, model, Forest.from_sklearn(model, pattern, N_CLASSES), slab
+
+
+def test_positions_near_and_far_from_each_other(path: str) -> None:
+    pattern, model, forest, slab = wide_case()
+    rng = np.random.default_rng(0)
+    n = 4000
+    scattered = np.stack(
+        [np.zeros(n, int), rng.integers(4, 56, n), rng.integers(4, 69_996, n)], axis=1
+    )
+    row = np.stack([np.zeros(n, int), np.full(n, 30), np.arange(4, n + 4)], axis=1)
+    mixed = np.concatenate([row[:1500], scattered[:300], row[1500:1540], scattered[300:310]])
+    for positions in (scattered, row, row[::-1], mixed, row[::16], scattered[:1]):
+        positions = positions.astype(np.int32)
+        found = asked(forest, slab, positions)
+        np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+        np.testing.assert_array_equal(labelled(forest, slab, positions)[0], found.argmax(axis=1))
+
+
+def test_rows_that_share_their_memory(path: str, staging: str) -> None:
+    """As the windows of levels do: what is beyond one row's end is the next one's beginning."""
+    pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")
+    forest, memory = Forest.from_sklearn(model, pattern, N_CLASSES), hu(20_000, 3)
+    steps = np.array([3001, 700, 31, 1]) * 2
+    slab = np.lib.stride_tricks.as_strided(memory, (2, 6, 20, 40), steps, writeable=False)
+    positions = places(slab, pattern, 600)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_nothing_is_read_beside_the_slab(
+    at_end: bool, flipped: bool, path: str, staging: str
+) -> None:
+    """The slab fills the page between two that must not be touched: to read there ends the run."""
+    page, (pattern, model) = mmap.PAGESIZE, (PATTERNS["block"], estimator("block"))
+    forest, memory = Forest.from_sklearn(model, pattern, N_CLASSES), mmap.mmap(-1, 3 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for edge in (start, start + 2 * page):
+        assert protect(edge, page, 0) == 0
+    shape = (1, 1, 35, page // 2 // 35)
+    n = shape[2] * shape[3]
+    offset = page + (page - 2 * n if at_end else 0)
+    slab = np.frombuffer(memory, np.int16, n, offset).reshape(shape)
+    slab[:] = hu(shape, 12)
+    if flipped:
+        slab = slab[:, :, ::-1, ::-1]
+    rows, columns = np.meshgrid(np.arange(4, 31), np.arange(4, shape[3] - 4), indexing="ij")
+    positions = np.stack([0 * rows, rows, columns], axis=-1).reshape(-1, 3).astype(np.int32)
+    for some in (positions, positions[:20], positions[-20:], positions[-1:]):
+        found = asked(forest, slab, some)
+        np.testing.assert_array_equal(found, expected(model, slab, pattern, some))
+
+
+def test_the_path_is_told_and_forced(monkeypatch) -> None:
+    monkeypatch.delenv("ORGANFAST_KERNELS", raising=False)
+    assert kernel_path() == PATHS[-1]
+    for name in PATHS:
+        monkeypatch.setenv("ORGANFAST_KERNELS", name)
+        assert kernel_path() == name
+    monkeypatch.setenv("ORGANFAST_KERNELS", "sse9")
+    pattern = PATTERNS["block"]
+    forest, slab = Forest.from_sklearn(estimator("block"), pattern, N_CLASSES), room(pattern)
+    for call in (asked, labelled):
+        with pytest.raises(
+            ValueError, match="ORGANFAST_KERNELS is 'sse9'; this machine has scalar"
+        ):
+            call(forest, slab, places(slab, pattern, 3))
+
+
+# --- labels, and leaving early --------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees(), st.integers(0, 90), st.integers(0, 2**32 - 1))
+def test_labels_equal_the_twin_on_any_trees(forest: Forest, n: int, seed: int) -> None:
+    """Few trees and classes: ties abound."""
+    slab = room(SCATTERED, seed)
+    positions = places(slab, SCATTERED, n, seed)
+    arrays = (forest.nodes, forest.tree_starts, forest.leaf_table)
+    twin = naive.label_forest(*arrays, slab, forest.offsets, positions)
+    np.testing.assert_array_equal(labelled(forest, slab, positions)[0], twin)
+
+
+def voting(shares) -> tuple[Forest, NDArray[np.int16], NDArray[np.int32]]:
+    """Trees of one leaf each: their shares, whatever is read."""
+    shares = np.asarray(shares, np.float64)
+    nodes = np.zeros(len(shares), NODE)
+    nodes["left"] = ~(shares.shape[1] + np.arange(len(shares)))
+    pure = (shares == 1).any(axis=1)
+    nodes["left"][pure] = ~shares[pure].argmax(axis=1)
+    starts, offsets = np.arange(len(shares) + 1), np.zeros((1, 4), np.int32)
+    forest = Forest(nodes, starts, shares, offsets, shares.shape[1])
+    return forest, np.zeros((1, 1, 1, 40), np.int16), np.zeros((40, 3), np.int32)
+
+
+@pytest.mark.parametrize("n_trees", [1, 2, 3, 16, 17, 50, 100])
+def test_ties_go_to_the_lowest_class_and_late_votes_count(n_trees: int, path: str) -> None:
+    one, two = np.eye(3)[1], np.eye(3)[2]
+    for n_two in range(n_trees + 1):
+        for votes in (
+            [two] * n_two + [one] * (n_trees - n_two),
+            [one] * n_two + [two] * (n_trees - n_two),
+        ):
+            forest, slab, positions = voting(votes)
+            found, n_walks = labelled(forest, slab, positions)
+            np.testing.assert_array_equal(found, asked(forest, slab, positions).argmax(axis=1))
+            assert n_walks <= 40 * n_trees
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([1, 3, 7, 10]))
+def test_labels_of_mixed_leaves_that_round_alike(seed: int, n_trees: int, parts: int) -> None:
+    """Shares in tenths and the like: sums that differ by their rounding alone, or not at all."""
+    rng = np.random.default_rng(seed)
+    shares = rng.multinomial(parts, np.ones(4) / 4, n_trees) / parts
+    forest, slab, positions = voting(shares)
+    found = labelled(forest, slab, positions)[0]
+    np.testing.assert_array_equal(found, asked(forest, slab, positions).argmax(axis=1))
+
+
+def test_unanimous_positions_leave_after_half_the_trees() -> None:
+    for n_trees, n_needed in ((1, 1), (2, 2), (3, 3), (16, 16), (40, 21), (100, 51), (101, 51)):
+        forest, slab, positions = voting([np.eye(3)[2]] * n_trees)
+        found, n_walks = labelled(forest, slab, positions)
+        np.testing.assert_array_equal(found, 2)
+        assert n_walks == 40 * n_needed
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -486,6 +665,24 @@ def test_a_call_that_would_read_elsewhere_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             forest.probabilities(*arguments)
+
+
+def test_labels_that_would_be_written_elsewhere_are_refused() -> None:
+    pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 3)
+    frozen = np.empty(3, np.uint16)
+    frozen.flags.writeable = False
+    for out, message in (
+        (np.empty(2, np.uint16), r"\(2,\) uint16"),
+        (np.empty((3, 1), np.uint16), r"\(3, 1\)"),
+        (np.empty(3, np.uint8), "uint8"),
+        (frozen, "writable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forest.labels(slab, positions, out)
+    with pytest.raises(ValueError, match="slab is 3-D"):
+        forest.labels(slab[0], positions, np.empty(3, np.uint16))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

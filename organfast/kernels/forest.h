@@ -1,24 +1,38 @@
 /* Inner loops of forest.pyx: which leaf of a tree each position falls into.
 
-   A tree is walked by a set of positions at once. As long as a set is large it is parted in two at
-   its node, which then is read once for the whole set, and its voxels in memory order; what is left
-   of it goes on as single positions, up to FOREST_LANES of them interleaved so that the loads of
-   one hide behind those of the others. Neither loop branches on a voxel.
+   A chunk of positions is walked together, in one of two ways.
 
-   Scalar on purpose: with one load per voxel this is as fast as interleaved lanes of hardware
-   gathers, and it needs no other instruction set than the compiler's default. */
+        positions ----- neighbours ------------> set at the root --> parted in two at each node:
+                   \                                                 it is read once for the set
+                    \                                                    | small sets
+                     `- few, or far apart -----------------------------> interleaved: each position
+                                                                         by itself, many at a time
+
+   Parting reads a node once and its voxels in memory order (see forest_split.h). Where sets are
+   small, or the positions too far apart for an item's 19 bits of distance, positions are walked by
+   themselves, up to FOREST_LANES interleaved so that the loads of one hide behind those of the
+   others. Neither loop branches on a voxel.
+
+   Patterns that read far and wide miss the cache at nearly every visit. For these the chunk's
+   features are copied first, feature by feature, and the walk reads the copy, in which the n-th
+   position's distance is n voxels:
+
+        slab  . . a . b . c . . . .        staged   feature 0:  a b c        700 features of 2048
+              . . . . . d . e . f .                 feature 1:  d e f        positions: 2.8 MB
+
+   Each line of memory is fetched once per chunk instead of once per visit, and fetched in order. */
 #ifndef ORGANFAST_FOREST_H
 #define ORGANFAST_FOREST_H
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "forest_split.h"
 
 enum {
-    FOREST_CHUNK = 2048, /* positions walked together; their numbers fit FOREST_SLOT_BITS */
+    FOREST_REACH = 1 << (32 - FOREST_SLOT_BITS), /* bytes between positions of one chunk */
     FOREST_LANES = 256,
-    FOREST_SMALL_SET = 16, /* smaller ones are not worth parting (8 to 32: within 3 %) */
-    FOREST_SLOT_BITS = 16,
+    FOREST_SMALL_SET = 16, /* smaller ones are not worth parting (8 to 32: within 4 %) */
+    FOREST_GROUP = 32,     /* trees whose leaves are summed together */
+    FOREST_ROWS = 32,      /* positions whose sums stay in the first cache meanwhile */
+    FOREST_FAR_BITS = 16,
     FOREST_ROOT = 2 /* side of the items that stand at the root */
 };
 
@@ -30,26 +44,27 @@ typedef struct {
     int32_t left;
 } forest_node;
 
-/* A position on its way: its voxel's distance from the slab's first one in bytes, and its number
-   (slot) in the chunk. 48 bits of distance are more than any machine's memory. */
-typedef int64_t forest_item;
+/* What is walked: trees, and where features are read, in bytes from a position's place. */
+typedef struct {
+    const forest_node *nodes;
+    const int64_t *starts;
+    const double *leaf_table;
+    const char *voxels;
+    const ptrdiff_t *offsets;
+    ptrdiff_t n_classes;
+} forest_trees;
 
-static inline forest_item forest_pack(ptrdiff_t place, uint16_t slot)
+/* An item whose 48 bits of distance are more than any machine's memory. */
+typedef int64_t forest_far_item;
+
+static inline forest_far_item forest_pack(ptrdiff_t place, uint32_t slot)
 {
-    return (forest_item)(((uint64_t)place << FOREST_SLOT_BITS) | slot);
+    return (forest_far_item)(((uint64_t)place << FOREST_FAR_BITS) | slot);
 }
 
-static inline ptrdiff_t forest_place(forest_item item)
+static inline ptrdiff_t forest_place(forest_far_item item)
 {
-    return (ptrdiff_t)(item >> FOREST_SLOT_BITS); /* arithmetic: places may be negative */
-}
-
-/* The voxel at any address; a slab may be a field of packed records. */
-static inline int16_t forest_voxel(const char *at)
-{
-    int16_t hu;
-    memcpy(&hu, at, sizeof hu);
-    return hu;
+    return (ptrdiff_t)(item >> FOREST_FAR_BITS); /* arithmetic: places may be negative */
 }
 
 /* Positions lo..hi of items[side] stand at a node. */
@@ -58,14 +73,17 @@ typedef struct {
 } forest_set;
 
 typedef struct {
-    forest_item items[3][FOREST_CHUNK]; /* two sides to part to and fro, and the root's */
-    /* Sets on the stack are disjoint and not small, so there are never more of them. */
-    forest_set stack[FOREST_CHUNK / FOREST_SMALL_SET];
-    int32_t n_sets;
-    /* Single positions and the nodes where they stand. */
-    forest_item singles[FOREST_CHUNK];
-    int32_t nodes[FOREST_CHUNK];
-    int32_t n_singles;
+    forest_item items[3][FOREST_CHUNK + FOREST_PAD]; /* two to part to and fro, and the root's */
+    int16_t voxels[FOREST_CHUNK + FOREST_PAD];
+    forest_set stack[FOREST_CHUNK / FOREST_SMALL_SET]; /* sets on it are disjoint, not small */
+    forest_far_item singles[FOREST_CHUNK];
+    int32_t nodes[FOREST_CHUNK];           /* where the singles stand */
+    ptrdiff_t places[FOREST_CHUNK];        /* by slot: bytes from the first voxel */
+    int32_t rows[FOREST_CHUNK];            /* by slot: which position of the chunk it is */
+    int32_t codes[FOREST_GROUP][FOREST_CHUNK];
+    forest_split *split;
+    ptrdiff_t least; /* of the places */
+    int32_t n, n_sets, n_singles, are_near;
 } forest_walk;
 
 /* Where a set that has come to a node goes next: to its leaf, to the singles, or on the stack. */
@@ -75,52 +93,47 @@ static inline void forest_settle(forest_walk *walk, const forest_node *tree, for
     const forest_item *items = walk->items[set.side];
     int32_t left = tree[set.node].left;
     if (left < 0) {
-        for (int32_t i = set.lo; i < set.hi; i++) codes[(uint16_t)items[i]] = ~left;
+        for (int32_t i = set.lo; i < set.hi; i++) codes[items[i] % FOREST_CHUNK] = ~left;
     } else if (set.hi - set.lo < FOREST_SMALL_SET) {
         for (int32_t i = set.lo; i < set.hi; i++) {
+            ptrdiff_t place = walk->least + (ptrdiff_t)(items[i] / FOREST_CHUNK);
             walk->nodes[walk->n_singles] = set.node;
-            walk->singles[walk->n_singles++] = items[i];
+            walk->singles[walk->n_singles++] = forest_pack(place, items[i] % FOREST_CHUNK);
         }
     } else {
         walk->stack[walk->n_sets++] = set;
     }
 }
 
-/* Part a set at its node into another buffer: the left part from the front, the right part from the
-   back. Each item is written at both ends; the end that does not count is written over. */
-static inline void forest_part(forest_walk *walk, const forest_node *tree, const char *voxels,
-                               const ptrdiff_t *offsets, forest_set set, int32_t *codes)
+/* Part a set at its node into the other buffer. */
+static inline void forest_part(forest_walk *walk, const forest_node *tree,
+                               const forest_trees *trees, forest_set set, int32_t *codes)
 {
     const forest_node node = tree[set.node];
-    const ptrdiff_t offset = offsets[node.feature];
-    const forest_item *from = walk->items[set.side];
-    forest_item *to = walk->items[!set.side];
-    ptrdiff_t front = set.lo;
-    for (ptrdiff_t i = set.lo, rest = set.hi - 1 - set.lo; rest >= 0; i++, rest--) {
-        forest_item item = from[i];
-        to[front] = item;
-        to[front + rest] = item; /* every item that went right brought the back one nearer */
-        front += forest_voxel(voxels + (forest_place(item) + offset)) <= node.threshold;
-    }
-    forest_set right = {node.left + 1, !set.side, (int32_t)front, set.hi};
-    forest_set left = {node.left, !set.side, set.lo, (int32_t)front};
+    const char *base = trees->voxels + (walk->least + trees->offsets[node.feature]);
+    int32_t middle = set.lo + (int32_t)walk->split(walk->items[set.side] + set.lo,
+                                                   walk->items[!set.side] + set.lo,
+                                                   set.hi - set.lo, base, node.threshold,
+                                                   walk->voxels);
+    forest_set right = {node.left + 1, !set.side, middle, set.hi};
+    forest_set left = {node.left, !set.side, set.lo, middle};
     forest_settle(walk, tree, right, codes);
     forest_settle(walk, tree, left, codes);
 }
 
 /* Walk single positions to their leaves, one level of all of them per round. Those that are not at
    a leaf move up to the front; a code that is no leaf's is written over in a later round. */
-static inline void forest_interleave(const forest_node *tree, const char *voxels,
-                                     const ptrdiff_t *offsets, forest_item *items, int32_t *nodes,
-                                     ptrdiff_t n, int32_t *codes)
+static inline void forest_interleave(const forest_node *tree, const forest_trees *trees,
+                                     forest_far_item *items, int32_t *nodes, ptrdiff_t n,
+                                     int32_t *codes)
 {
     while (n > 0) {
         ptrdiff_t n_inside = 0;
         for (ptrdiff_t i = 0; i < n; i++) {
-            forest_item item = items[i];
+            forest_far_item item = items[i];
             forest_node node = tree[nodes[i]];
-            int32_t right = forest_voxel(voxels + (forest_place(item) + offsets[node.feature]))
-                            > node.threshold;
+            ptrdiff_t place = forest_place(item) + trees->offsets[node.feature];
+            int32_t right = forest_voxel(trees->voxels + place) > node.threshold;
             codes[(uint16_t)item] = ~node.left;
             items[n_inside] = item;
             nodes[n_inside] = node.left + right;
@@ -130,29 +143,80 @@ static inline void forest_interleave(const forest_node *tree, const char *voxels
     }
 }
 
-/* Put n <= FOREST_CHUNK positions at the root, given their places in bytes from the first voxel. */
-static inline void forest_start(forest_walk *walk, const ptrdiff_t *places, int32_t n)
+/* codes[p] = the leaf of the position in slot p. */
+static inline void forest_walk_tree(forest_walk *walk, const forest_node *tree,
+                                    const forest_trees *trees, int32_t *codes)
 {
-    forest_item *items = walk->items[FOREST_ROOT];
-    for (int32_t i = 0; i < n; i++) items[i] = forest_pack(places[i], (uint16_t)i);
-}
-
-/* codes[p] = the leaf of position p, for the n positions that were put at the root. */
-static inline void forest_walk_tree(forest_walk *walk, const forest_node *tree, const char *voxels,
-                                    const ptrdiff_t *offsets, int32_t n, int32_t *codes)
-{
-    forest_set all = {0, FOREST_ROOT, 0, n};
     walk->n_sets = walk->n_singles = 0;
-    forest_settle(walk, tree, all, codes);
+    if (walk->are_near) {
+        forest_set all = {0, FOREST_ROOT, 0, walk->n};
+        forest_settle(walk, tree, all, codes);
+    } else {
+        for (int32_t p = 0; p < walk->n; p++) {
+            walk->nodes[p] = 0;
+            walk->singles[p] = forest_pack(walk->places[p], (uint32_t)p);
+        }
+        walk->n_singles = walk->n;
+    }
     while (walk->n_sets > 0) {
         forest_set set = walk->stack[--walk->n_sets];
-        forest_part(walk, tree, voxels, offsets, set, codes);
+        forest_part(walk, tree, trees, set, codes);
     }
     for (int32_t i = 0; i < walk->n_singles; i += FOREST_LANES) {
         int32_t n_lanes = walk->n_singles - i;
-        forest_interleave(tree, voxels, offsets, walk->singles + i, walk->nodes + i,
+        forest_interleave(tree, trees, walk->singles + i, walk->nodes + i,
                           n_lanes < FOREST_LANES ? n_lanes : FOREST_LANES, codes);
     }
+}
+
+/* Put the first n places at the root. */
+static inline void forest_start(forest_walk *walk, int32_t n)
+{
+    walk->n = n;
+    if (!walk->are_near) return;
+    for (int32_t p = 0; p < n; p++)
+        walk->items[FOREST_ROOT][p] =
+            (forest_item)(walk->places[p] - walk->least) * FOREST_CHUNK + (forest_item)p;
+}
+
+/* How many of the next n positions, whose places were written, are walked together: the longest run
+   of neighbours, or if that is short, some by themselves. They are put at the root. */
+static inline int32_t forest_gather_chunk(forest_walk *walk, int32_t n)
+{
+    ptrdiff_t least = walk->places[0], most = least;
+    int32_t n_near = 0;
+    for (; n_near < n; n_near++) {
+        ptrdiff_t place = walk->places[n_near];
+        ptrdiff_t low = place < least ? place : least, high = place > most ? place : most;
+        if (high - low >= FOREST_REACH) break;
+        least = low;
+        most = high;
+    }
+    walk->are_near = n_near >= 2 * FOREST_SMALL_SET || n_near == n;
+    walk->least = least;
+    for (int32_t p = 0; p < n; p++) walk->rows[p] = p;
+    int32_t n_here = walk->are_near ? n_near : n < FOREST_LANES ? n : FOREST_LANES;
+    forest_start(walk, n_here);
+    return n_here;
+}
+
+/* Copy what the next n positions read, feature by feature, `row` voxels each. While one feature is
+   copied the lines of the next are fetched: the processor's own prefetching does not see them
+   coming, and waiting for each costs 5 times as much. */
+static inline void forest_stage(forest_walk *walk, const char *voxels, const ptrdiff_t *offsets,
+                                ptrdiff_t n_features, int16_t *staged, ptrdiff_t row, int32_t n)
+{
+    int32_t *lines = walk->nodes, n_lines = 0; /* positions that begin another line of 64 bytes */
+    for (int32_t p = 0; p < n; p++)
+        if (p == 0 || walk->places[p] >> 6 != walk->places[p - 1] >> 6) lines[n_lines++] = p;
+    for (ptrdiff_t f = 0; f < n_features; f++, staged += row) {
+        const char *base = voxels + offsets[f];
+        const char *next = voxels + offsets[f + 1 < n_features ? f + 1 : f];
+        for (int32_t l = 0; l < n_lines; l++)
+            __builtin_prefetch(next + walk->places[lines[l]]);
+        for (int32_t p = 0; p < n; p++) staged[p] = forest_voxel(base + walk->places[p]);
+    }
+    for (int32_t p = 0; p < n; p++) walk->places[p] = (ptrdiff_t)sizeof *staged * p;
 }
 
 /* sums[p, class] += the shares in leaf codes[p]. Codes below n_classes are pure leaves; adding the
@@ -169,6 +233,71 @@ static inline void forest_add_leaves(const int32_t *codes, int32_t n, const doub
             for (ptrdiff_t c = 0; c < n_classes; c++) sums[c] += row[c];
         }
     }
+}
+
+/* Add the leaves of trees first..last, in this order, to the sums of all positions at the root. */
+static inline void forest_add_trees(forest_walk *walk, const forest_trees *trees, ptrdiff_t first,
+                                    ptrdiff_t last, double *sums)
+{
+    for (ptrdiff_t n_done = first; n_done < last;) {
+        ptrdiff_t n_trees = last - n_done < FOREST_GROUP ? last - n_done : FOREST_GROUP;
+        for (ptrdiff_t t = 0; t < n_trees; t++)
+            forest_walk_tree(walk, trees->nodes + trees->starts[n_done + t], trees,
+                             walk->codes[t]);
+        for (int32_t p = 0; p < walk->n; p += FOREST_ROWS) {
+            int32_t n_rows = walk->n - p < FOREST_ROWS ? walk->n - p : FOREST_ROWS;
+            for (ptrdiff_t t = 0; t < n_trees; t++)
+                forest_add_leaves(walk->codes[t] + p, n_rows, trees->leaf_table, trees->n_classes,
+                                  sums + p * trees->n_classes);
+        }
+        n_done += n_trees;
+    }
+}
+
+/* The class of the greatest quotient, ties to the lowest: of quotients, as rounding may make two
+   of them equal where the sums are not. */
+static inline uint16_t forest_label(const double *sums, ptrdiff_t n_classes, double n_trees)
+{
+    ptrdiff_t best = 0;
+    for (ptrdiff_t c = 1; c < n_classes; c++)
+        if (sums[c] / n_trees > sums[best] / n_trees) best = c;
+    return (uint16_t)best;
+}
+
+/* By how much the greatest sum exceeds the others: of the even and of the odd classes side by side,
+   as each comparison waits for the one before. */
+static inline double forest_margin(const double *sums, ptrdiff_t n_classes)
+{
+    double best[2] = {0, 0}, second[2] = {0, 0};
+    for (ptrdiff_t c = 0; c < n_classes; c++) {
+        double sum = sums[c], lower = sum < best[c & 1] ? sum : best[c & 1];
+        best[c & 1] = sum > best[c & 1] ? sum : best[c & 1];
+        second[c & 1] = lower > second[c & 1] ? lower : second[c & 1];
+    }
+    int first = best[1] > best[0];
+    double other = best[!first] > second[first] ? best[!first] : second[first];
+    return best[first] - other;
+}
+
+/* Label the positions whose margin exceeds `enough`, and take them from the root: the others move
+   up with their sums. `labels` has a stride in bytes. */
+static inline void forest_leave(forest_walk *walk, const forest_trees *trees, double enough,
+                                double n_trees, double *sums, char *labels, ptrdiff_t stride)
+{
+    ptrdiff_t n_classes = trees->n_classes;
+    int32_t n_left = 0;
+    for (int32_t p = 0; p < walk->n; p++) {
+        const double *from = sums + p * n_classes;
+        if (forest_margin(from, n_classes) > enough) {
+            uint16_t label = forest_label(from, n_classes, n_trees);
+            memcpy(labels + walk->rows[p] * stride, &label, sizeof label);
+        } else {
+            memmove(sums + n_left * n_classes, from, (size_t)n_classes * sizeof *sums);
+            walk->places[n_left] = walk->places[p];
+            walk->rows[n_left++] = walk->rows[p];
+        }
+    }
+    forest_start(walk, n_left);
 }
 
 #endif
