@@ -16,6 +16,7 @@ from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation
 from organfast.blocks import Block
 from organfast.body import body_mask
+from organfast.cli import run
 from organfast.errors import InputError
 from organfast.grid import BlockGrid, ModelGrid, to_model_grid
 from organfast.layouts import dataset_nuisance, find_cases, write_case
@@ -259,3 +260,33 @@ def test_a_table_that_the_dataset_lacks_is_refused(fine_cases: Path) -> None:
 def test_settings_out_of_range_are_named(make: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+def test_the_flags_of_train_reach_the_recipe(
+    model: Model, fine_cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "\n".join(["name,role", *(f"{s.name},{s.role}" for s in DEFAULT.structures)])
+    (tmp_path / "t.csv").write_text(names)
+    guide, out = tmp_path / "guide.organfast", tmp_path / "m.organfast"
+    save_model(model, guide)
+    command = ["train", str(fine_cases), "-o", str(out), "--classes", str(tmp_path / "t.csv")]
+    command += ["--block-size", "3", "--spacing", "6.5,6,10", "--n-per-class", "5", "--trees", "2"]
+    flags = ["--no-nuisance", "--guide", str(guide), "--augment", "1", "--max-memory", "500MB"]
+    assert run([*command, *flags]) == 0, capsys.readouterr().err
+    record = load_model(out).training
+    assert record["sampling"]["guide"] == model.digest
+    assert record["sampling"]["nuisance"] is False
+    assert record["augmentation"]["copies"] == 1
+    capsys.readouterr()
+    for flag, code, words in (
+        ("0.001MB", 2, "are allowed; use a smaller block"),
+        ("8", 2, "--max-memory 8 is no amount of memory"),
+        ("0GB", 2, "is no amount of memory"),
+    ):
+        assert run([*command, "--max-memory", flag]) == code
+        assert words in capsys.readouterr().err
+    assert run([*command, "--guide", str(tmp_path / "t.csv")]) == 1
+    assert "t.csv" in capsys.readouterr().err
