@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from organfast.anatomy import ClassTable as ClassTable
     from organfast.anatomy import Structure as Structure
     from organfast.blocks import Block as Block
+    from organfast.blocks import Context as Context
     from organfast.blocks import block_views as block_views
     from organfast.blocks import gather_blocks as gather_blocks
     from organfast.errors import InputError as InputError
@@ -40,6 +41,7 @@ _HOMES = {
     "Block": "organfast.blocks",
     "ClassTable": "organfast.anatomy",
     "Cleaning": "organfast.segmentation",
+    "Context": "organfast.blocks",
     "ForestSettings": "organfast.models.forest",
     "InputError": "organfast.errors",
     "Model": "organfast.models.classifier",
@@ -68,6 +70,7 @@ __all__ = [
     "Block",
     "ClassTable",
     "Cleaning",
+    "Context",
     "ForestSettings",
     "InputError",
     "Model",

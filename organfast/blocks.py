@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.errors import is_whole
-from organfast.grid import FINEST_MM, BlockGrid, check_hu
+from organfast.grid import FINEST_MM, BlockGrid, ModelGrid, check_hu
 from organfast.kernels import gather as kernels
 from organfast.levels import MAX_BOX, MAX_WIDTH
 
@@ -29,6 +29,7 @@ __all__ = [
     "gather_blocks",
     "gather_features",
     "pattern_from_dict",
+    "pattern_on",
 ]
 
 MAX_FEATURES = 65_536
@@ -295,6 +296,33 @@ def _odd(name: str, value: int) -> int:
             f"{name} {value} is even and has no centre; use {value - 1} or {value + 1}"
         )
     return int(value)
+
+
+def pattern_on(grid: ModelGrid, pattern: Block | Context | None = None) -> Block | Context:
+    """The pattern to use on a grid.
+
+    Parameters
+    ----------
+    grid : ModelGrid
+        The grid that a model works on.
+    pattern : Block or Context, optional
+        By default a context on a working grid and the seed's block, ``Block(33)``, on native
+        pixels, whose size in mm differs from scan to scan.
+
+    Raises
+    ------
+    ValueError
+        A context's offsets are for another grid.
+    """
+    if pattern is None:
+        return Block(33) if grid.spacing_mm is None else Context(spacing_mm=grid.spacing_mm)
+    if isinstance(pattern, Context) and pattern.spacing_mm != grid.spacing_mm:
+        found = "native pixels" if grid.spacing_mm is None else f"voxels of {grid.spacing_mm} mm"
+        raise ValueError(
+            f"the context's offsets are for voxels of {pattern.spacing_mm} mm, the model works on "
+            f"{found}; give both the same spacing_mm, or use a Block"
+        )
+    return pattern
 
 
 def pattern_from_dict(content: Mapping[str, Any]) -> Block | Context:

@@ -169,11 +169,18 @@ def demo(
 def train(
     dataset: Annotated[Path, typer.Argument(help="Folder of labelled scans.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
-    block_size: Annotated[int, typer.Option(help="Side of the block, odd, in voxels.")] = 33,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn from blocks with this side, odd, in voxels. Default: from 3-D context, "
+            "or blocks of 33 on native pixels."
+        ),
+    ] = None,
     levels: Annotated[
-        str, typer.Option(help="Widths of the box averages that the block is read from.")
-    ] = "1",
-    slices: Annotated[int, typer.Option(help="Slices in a block, odd.")] = 1,
+        str | None,
+        typer.Option(help="Widths of the box averages that the block is read from. Default: 1."),
+    ] = None,
+    slices: Annotated[int | None, typer.Option(help="Slices in a block, odd. Default: 1.")] = None,
     spacing: Annotated[
         str, typer.Option(help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels.")
     ] = "1.5,1.5,3",
@@ -227,7 +234,13 @@ def train(
     from organfast.models.forest import ForestSettings
     from organfast.results import check_file_target
 
-    pattern = Block(block_size, levels=_integers("--levels", levels), slices=slices)
+    pattern = None
+    if block_size is not None:
+        widths = _integers("--levels", "1" if levels is None else levels)
+        pattern = Block(block_size, levels=widths, slices=1 if slices is None else slices)
+    elif levels is not None or slices is not None:
+        flag = "--slices" if levels is None else "--levels"
+        raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
     found = find_cases(dataset, layout)
     spacing_mm = None if spacing == "native" else _three_lengths(spacing)
     recipe = Recipe(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation, altered_copy, jittered
-from organfast.blocks import Block, Context
+from organfast.blocks import Block, Context, pattern_on
 from organfast.body import body_mask
 from organfast.errors import is_whole
 from organfast.grid import BlockGrid, ModelGrid
@@ -284,7 +284,7 @@ def train(
     dataset : path or Dataset
         A folder in one of the layouts of ``find_cases``, or what that function returned.
     pattern : Block or Context, optional
-        What the classifier sees around a position; ``Block(33)`` by default.
+        What the classifier sees around a position; see ``pattern_on`` for the default.
     recipe : Recipe, optional
         Everything else that shapes the model.
     threads : int
@@ -304,7 +304,8 @@ def train(
     ValueError
         The recipe does not fit the dataset, or what is learned from would not fit in memory.
     """
-    pattern, recipe = pattern or Block(33), recipe or Recipe()
+    recipe = recipe or Recipe()
+    pattern = pattern_on(recipe.grid, pattern)
     dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
     classes = recipe.classes or dataset_classes(dataset)
     check_classes(classes, dataset)

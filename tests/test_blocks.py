@@ -20,8 +20,9 @@ from organfast.blocks import (
     gather_blocks,
     gather_features,
     pattern_from_dict,
+    pattern_on,
 )
-from organfast.grid import GridVolume, hu_lookup
+from organfast.grid import GridVolume, ModelGrid, hu_lookup
 from organfast.levels import levels_slab
 from organfast.volume import Volume
 
@@ -166,6 +167,17 @@ def test_a_context_s_boxes_are_about_as_high_as_wide() -> None:
     assert Context().depths == (1, 1, 3, 7, 13)
     assert Context(spacing_mm=(1.0, 1.0, 1.0)).depths == (1, 3, 7, 13, 25)
     assert Context(spacing_mm=(1.0, 1.0, 5.0)).depths == (1, 1, 1, 3, 5)
+
+
+def test_the_pattern_of_a_grid() -> None:
+    working = ModelGrid((2.0, 2.0, 4.0), "piecewise")
+    assert pattern_on(working) == Context(spacing_mm=(2.0, 2.0, 4.0))
+    assert pattern_on(ModelGrid(None)) == Block(33)
+    assert pattern_on(working, Block(17)) == Block(17)
+    with pytest.raises(ValueError, match=r"for voxels of \(1.5, 1.5, 3.0\) mm.* native pixels"):
+        pattern_on(ModelGrid(None), Context())
+    with pytest.raises(ValueError, match=r"voxels of \(2.0, 2.0, 4.0\) mm; give both the same"):
+        pattern_on(working, Context())
 
 
 # --- the block grid -------------------------------------------------------------------------------

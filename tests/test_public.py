@@ -22,6 +22,7 @@ FROZEN = [
     "Block",
     "ClassTable",
     "Cleaning",
+    "Context",
     "ForestSettings",
     "InputError",
     "Model",

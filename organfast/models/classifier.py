@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.blocks import Block, Context, pattern_from_dict
+from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
 from organfast.models.forest import Forest
@@ -127,6 +127,7 @@ class Model:
             )
         if not np.array_equal(self.classifier.offsets, self.pattern.offsets):
             raise ValueError("the classifier reads other voxels than the pattern")
+        pattern_on(self.grid, self.pattern)
         if len(self.stride) != 3 or not all(
             isinstance(s, (int, np.integer)) and 1 <= s <= MAX_STRIDE for s in self.stride
         ):
