@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -600,9 +600,11 @@ def _segment_all(
         for result in results:
             path, target = next(due)
             announce = partial(_announce, path, target, _Told.of(result), as_json)
-            save_behind(partial(save, result, target), partial(written, announce))
-            # Else it would stay in memory, though written, until the next one is there.
-            del result
+            # No file holds the confidence: its memory goes to the next scan.
+            slim = replace(result, confidence=None)
+            save_behind(partial(save, slim, target), partial(written, announce))
+            # Else they would stay in memory, though written, until the next one is there.
+            del result, slim
     return failed
 
 

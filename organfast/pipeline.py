@@ -81,9 +81,10 @@ class Settings:
         those around them leave a doubt. None asks everywhere. What it changes, ``verify`` tells.
     confidence : bool
         Measure how probable the labels are. Without it each position is asked for its label alone,
-        and a forest stops as soon as the trees that are left cannot change it: the same labels,
-        sooner. Only on a scan's own pixels, at stride 1 and where nothing else needs
-        probabilities; an organ is then present by its volume alone.
+        and a forest stops as soon as the trees that are left cannot change it: the same labels
+        (unless two classes are as probable to seven digits), sooner. Only on a scan's own pixels,
+        at stride 1 and where nothing else needs probabilities; an organ is then present by its
+        volume alone.
 
     Raises
     ------
@@ -417,7 +418,7 @@ class _Flow:
         self._visit_all(visits)
 
         def write(n: int) -> int:
-            labels[n][masks[n]] = slices.labels(n, masks[n])  # type: ignore[attr-defined]
+            labels[n][masks[n]] = slices.labels(n, masks[n])
             return n
 
         for run in slices.runs():

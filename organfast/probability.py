@@ -419,6 +419,30 @@ class SliceClassifier:
             self._classifier.probabilities(self._levels(n), visited, found)
         return found
 
+    def labels(self, n: int, inside: NDArray[np.bool_]) -> NDArray[np.uint16]:
+        """Most probable classes at positions of a slice; of equally probable ones the lowest.
+
+        For a classifier that has a ``labels`` of its own, as a forest: it need not count all trees.
+
+        Parameters
+        ----------
+        n : int
+            Slice of the block grid.
+        inside : (n_i, n_j) bool
+            The positions.
+
+        Returns
+        -------
+        (m,) uint16
+            In the order of ``positions[inside]``.
+        """
+        visited = self._positions[inside]
+        found = np.empty(len(visited), np.uint16)
+        if len(visited):
+            forest: Any = self._classifier  # the protocol asks for probabilities only
+            forest.labels(self._levels(n), visited, found)
+        return found
+
     def _levels(self, n: int) -> NDArray[np.int16]:
         k = int(self._centres_k[n])
         if self._window is None:

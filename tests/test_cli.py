@@ -23,7 +23,6 @@ from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.cli import run
 from organfast.models.classifier import load_model
-from organfast.models.forest import Forest
 from organfast.nifti import write_volume
 from organfast.volume import Volume
 
@@ -480,7 +479,6 @@ def test_coarse_to_fine_is_used_and_recorded(
     )
 
 
-@pytest.mark.skipif(not hasattr(Forest, "labels"), reason="the forest has no early exit")
 def test_labels_only(
     cli: Command, cohort_folder: Path, small: Path, model_file: Path, tmp_path: Path
 ) -> None:

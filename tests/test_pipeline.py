@@ -597,7 +597,6 @@ def test_coarse_to_fine_asks_less_and_says_how_much(
 ALONE = Settings(1, confidence=False)
 
 
-@pytest.mark.skipif(not hasattr(Forest, "labels"), reason="the forest has no early exit")
 def test_labels_alone_are_the_same_labels(native: Model, unseen: Patient, tmp_path: Path) -> None:
     few = Volume(unseen.scan.hu[:, :, 8:20], unseen.scan.affine)
     for settings in (ALONE, replace(ALONE, body_mask=False, keep_context=True)):
