@@ -2,8 +2,8 @@
 
 Speed is the median over rounds of peer time / our time, the two interleaved within each round, for
 absolute times mean little on a shared machine. A peer that is not installed is named as skipped,
-never replaced. A limit is a peer that no program on this machine can beat: its ratio is the share
-of the machine's speed that is reached.
+never replaced. A limit is the machine with nothing else to do than what cannot be left out: its
+ratio is the share of that speed that is reached.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast import __version__
+from organfast.models.forest import kernel_path
 from organfast.progress import Progress, silent
 
 __all__ = [
@@ -374,21 +375,19 @@ def peak_resident_mb() -> float | None:
 
 def machine() -> dict[str, Any]:
     """Facts of this machine that speed depends on; neither its name nor its user's."""
-    cpu, vectors = platform.processor() or platform.machine(), ""
+    cpu = platform.processor() or platform.machine()
     try:
         rows = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         rows = []
     facts = {key.strip(): value.strip() for key, _, value in (r.partition(":") for r in rows)}
     cpu = facts.get("model name", cpu)
-    flags = facts.get("flags", "").split()
-    vectors = next((name for name in ("avx512bw", "avx2") if name in flags), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": " ".join(cpu.replace("(R)", "").split()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         "ram_gb": round(memory / 2**30),
-        "vectors": vectors,
+        "kernels": kernel_path(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from organfast.bench import Benchmark, Job, Measurable, Peer, Scaling, in_thread
 from organfast.benchforest import (
     context_case,
     installed,
+    labels_case,
     neighbours_case,
     onnx_case,
     slice_case,
@@ -28,6 +30,8 @@ from organfast.benchforest import (
 from organfast.benchscan import ScanCase, gunzip
 from organfast.blocks import Block, gather_blocks
 from organfast.grid import ModelGrid
+from organfast.kernels import forest as forest_kernels
+from organfast.models.forest import kernel_path
 
 __all__ = [
     "SIZES",
@@ -69,7 +73,7 @@ def scaling_case(build: Callable[[], Benchmark], n_steps: int = 8_000_000) -> Sc
 
 
 def gather_case(size: int, stride: int) -> Benchmark:
-    """Blocks of a slice windowed into a reused buffer, against copies of views and memcpy.
+    """Blocks of a slice windowed into a reused buffer, against copies of views, memcpy and memset.
 
     Parameters
     ----------
@@ -94,12 +98,13 @@ def gather_case(size: int, stride: int) -> Benchmark:
     for module, name, by in (
         ("skimage", "scikit-image view_as_windows, normalised", _by_skimage),
         ("torch", "torch unfold, normalised", _by_torch_unfold),
-        ("jax", "jax dynamic_slice, compiled, its own threads", _by_jax_slices),
+        ("jax", "jax dynamic_slice, vmapped and compiled", _by_jax_slices),
         ("monai", "MONAI iter_patch, normalised together", _by_monai),
     ):
         if installed(module, skipped) and not (module == "monai" and stride > size):
             peers[name] = Peer(by(padded, size, stride))
     peers["memcpy of the bytes written"] = Peer(lambda: np.copyto(memory, out), is_limit=True)
+    peers["memset of the bytes written"] = Peer(lambda: memory.fill(0), is_limit=True)
     return Benchmark(
         f"gather {size} px, stride {stride}",
         lambda: gather_blocks(pixels, centres[:n], size, _WINDOW, out),
@@ -147,9 +152,9 @@ def _by_torch_unfold(padded: NDArray[np.int16], size: int, stride: int) -> Job:
 
 
 def _by_jax_slices(padded: NDArray[np.int16], size: int, stride: int) -> Job:
-    import jax
     import jax.numpy as jnp
 
+    jax = _jax_on_one_thread()
     n_rows, n_cols = ((n - size) // stride + 1 for n in padded.shape)
     corners = np.indices((n_rows, n_cols), np.int32).reshape(2, -1).T * stride
 
@@ -162,6 +167,20 @@ def _by_jax_slices(padded: NDArray[np.int16], size: int, stride: int) -> Job:
 
     compiled, given = jax.jit(blocks), (jnp.asarray(padded), jnp.asarray(corners))
     return lambda: jax.block_until_ready(compiled(*given))
+
+
+@cache
+def _jax_on_one_thread() -> Any:
+    """JAX, whose pool has as many threads as there are cores when it first looks for devices."""
+    import jax
+
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        jax.devices()
+    finally:
+        os.sched_setaffinity(0, cores)
+    return jax
 
 
 def _by_monai(padded: NDArray[np.int16], size: int, stride: int) -> Job:
@@ -207,7 +226,7 @@ def enlargement_case(n_classes: int, n_blocks: int, n_pixels: int) -> Benchmark:
     for module, name, by in (
         ("cv2", "cv2.resize, class by class, running maximum", _by_opencv),
         ("torch", "torch interpolate, max", _by_torch),
-        ("jax", "jax.image.resize, argmax, compiled, its own threads", _by_jax),
+        ("jax", "jax.image.resize, argmax, compiled", _by_jax),
     ):
         if installed(module, skipped):
             peers[name] = Peer(by(by_class, shape))
@@ -264,7 +283,7 @@ def _by_opencv(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
 
 
 def _by_jax(by_class: NDArray[np.float32], shape: tuple[int, int]) -> Job:
-    import jax
+    jax = _jax_on_one_thread()
 
     def enlarged(coarse: Any) -> Any:
         full = jax.image.resize(coarse, (len(by_class), *shape), "linear")
@@ -345,6 +364,12 @@ _ENLARGE = partial(enlargement_case, 23, 64, 512)
 # Name -> builder, as `organfast bench` prints them. Builders do their set-up when they are called.
 TABLE: dict[str, Callable[[], Measurable]] = {
     "forest": neighbours_case,
+    **{
+        f"forest, {path}": partial(neighbours_case, path=path)
+        for path in forest_kernels.PATHS
+        if path != kernel_path()
+    },
+    "labels": labels_case,
     "context": working_grid_case,
     "visits": visits_case,
     "forest threads": partial(scaling_case, neighbours_case),

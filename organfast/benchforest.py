@@ -7,6 +7,7 @@ fits the cache would flatter us.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ __all__ = [
     "Size",
     "context_case",
     "installed",
+    "labels_case",
     "neighbours_case",
     "onnx_case",
     "slice_case",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 N_CLASSES = 23
+KERNELS = "ORGANFAST_KERNELS"
 _GRID = ModelGrid((1.5, 1.5, 3.0), "piecewise")
 _CONTEXT_PIXELS, _CONTEXT_SLICES = 272, 64
 _AS_MANY = 8192
@@ -290,7 +293,7 @@ def context_case(stride: int, forest: Size = REAL) -> Benchmark:
     return _forest_case(asked, name, n * n)
 
 
-def neighbours_case(n_rows: int = 16, forest: Size = REAL) -> Benchmark:
+def neighbours_case(n_rows: int = 16, forest: Size = REAL, path: str | None = None) -> Benchmark:
     """Probabilities at neighbouring positions: whole rows of a native slice, stride 1.
 
     Parameters
@@ -299,13 +302,16 @@ def neighbours_case(n_rows: int = 16, forest: Size = REAL) -> Benchmark:
         Rows of 512 positions.
     forest : Size
         Of the forest.
+    path : str or None
+        The version of the kernel, of ``kernel_path``; None is the one that runs.
     """
     asked = _rows(n_rows, forest)
     features = asked.features(slice(None))
-    n = len(asked.positions)
+    n, ours = len(asked.positions), asked.probabilities()[0]
     return Benchmark(
-        f"forest {forest.n_trees} trees, 33 px, {n:,} neighbouring positions",
-        asked.probabilities()[0],
+        f"forest {forest.n_trees} trees, 33 px, {n:,} neighbouring positions"
+        + (f", {path} kernel" if path else ""),
+        _forced(ours, path) if path else ours,
         {
             "scikit-learn predict_proba, blocks copied beforehand": Peer(
                 lambda: asked.estimator.predict_proba(features)
@@ -317,10 +323,60 @@ def neighbours_case(n_rows: int = 16, forest: Size = REAL) -> Benchmark:
     )
 
 
+def _forced(job: Job, path: str) -> Job:
+    """A job that runs a given version of the forest's kernel."""
+
+    def forced() -> object:
+        before = os.environ.get(KERNELS)
+        os.environ[KERNELS] = path
+        try:
+            return job()
+        finally:
+            del os.environ[KERNELS]
+            if before is not None:
+                os.environ[KERNELS] = before
+
+    return forced
+
+
 def _rows(n_rows: int, forest: Size) -> _Asked:
     """Rows from the middle of the slice."""
     asked = _in_slice(33, 1, forest)
     return replace(asked, positions=asked.positions[asked.sample(n_rows * 512)])
+
+
+def labels_case(stride: int = 1, forest: Size = REAL) -> Benchmark:
+    """Labels alone at the positions of a native slice that lie in the body.
+
+    Parameters
+    ----------
+    stride : int
+        Pixels between positions.
+    forest : Size
+        Of the forest.
+    """
+    whole = _in_slice(33, stride, forest)
+    mask = body_mask(whole.volume, BlockGrid(whole.volume.shape, (1, stride, stride)))
+    asked = replace(whole, positions=_grid_positions(whole.volume.shape, 0, stride, mask[0]))
+    rng = np.random.default_rng(0)
+    n_asked = len(asked.positions)
+    some = np.sort(rng.choice(n_asked, min(_AS_MANY, n_asked), replace=False))
+    blocks = gather_features(asked.slab, asked.pattern.offsets, asked.local[some])
+    out = np.empty(n_asked, np.uint16)
+    ours = partial(asked.forest.labels, asked.slab, asked.local, out)
+    walked = ours() / (n_asked * forest.n_trees)
+    np.testing.assert_array_equal(out[some], asked.estimator.predict(blocks))
+    peer = f"scikit-learn predict, blocks copied beforehand, {len(some):,} of the positions"
+    return Benchmark(
+        f"forest {forest.n_trees} trees, 33 px, labels alone, stride {stride}, "
+        f"the body in a 512 x 512 slice ({n_asked:,} positions)",
+        ours,
+        {peer: Peer(lambda: asked.estimator.predict(blocks), len(some))},
+        n_items=n_asked,
+        unit="positions",
+        n_voxels=512 * 512,
+        n_visits=asked.n_visits() * walked,
+    )
 
 
 def working_grid_case(n: int = _AS_MANY, forest: Size = REAL) -> Benchmark:

@@ -48,6 +48,7 @@ SMALL = {
     **{f"slice {n} px": partial(benchforest.slice_case, n, 33, TINY) for n in benchcases.SIZES},
     "context": partial(benchforest.context_case, 33, TINY),
     "neighbours": partial(benchforest.neighbours_case, 1, TINY),
+    "labels": partial(benchforest.labels_case, 16, TINY),
     "working grid": partial(benchforest.working_grid_case, 64, TINY),
     "visits": partial(benchforest.visits_case, 1, TINY),
     "onnx": partial(benchforest.onnx_case, 1, TINY),
@@ -110,6 +111,20 @@ def test_forest_peers_find_the_same_probabilities() -> None:
     found = [np.asarray(peer.job()) for peer in case.peers.values()]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+def test_a_named_kernel_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from organfast.models.forest import kernel_path
+
+    for before in (None, "scalar"):
+        if before:
+            monkeypatch.setenv(benchforest.KERNELS, before)
+        usual = kernel_path()
+        assert benchforest._forced(kernel_path, "scalar")() == "scalar"
+        assert kernel_path() == usual
+    case = benchforest.neighbours_case(1, TINY, path="scalar")
+    assert case.name.endswith("scalar kernel")
+    case.ours()
 
 
 def test_node_visits_are_counted_as_a_walk_would() -> None:

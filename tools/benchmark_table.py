@@ -30,12 +30,12 @@ def tables(record: dict[str, Any]) -> str:
         A run, as ``organfast.bench.run_record`` makes it.
     """
     machine, skipped = record["machine"], sorted({n for c in record["table"] for n in c["skipped"]})
-    vectors = {"avx512bw": ", AVX-512", "avx2": ", AVX2"}.get(machine["vectors"], "")
     lines = [
-        f"{machine['cpu']} ({machine['cores']} cores, {machine['ram_gb']} GB{vectors}), "
-        f"{record['date']}, by `{record['command']}`. One thread each unless said; medians of "
-        "rounds in which all take turns. A *limit* is what no program on this machine can beat: "
-        "there the figure is the share of it that is reached.",
+        f"{machine['cpu']} ({machine['cores']} cores, {machine['ram_gb']} GB, "
+        f"{machine['kernels']} kernels), {record['date']}, by `{record['command']}`. "
+        "One thread each unless said; medians of rounds in which all take turns. A *limit* is the "
+        "machine with nothing else to do than what cannot be left out (writing the bytes, reading "
+        "the voxels, inflating the file): there the figure is the share of its speed.",
         "",
     ]
     if skipped:
