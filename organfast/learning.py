@@ -55,8 +55,6 @@ __all__ = ["Recipe", "Sampling", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
 WORKING_STRIDE = (2, 3, 3)
-
-
 EASIEST = 0.02
 """Weight of a voxel that the guide is certain of, beside 1 for one that it gets wholly wrong."""
 GIB = 1 << 30
