@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from organfast.anatomy import ClassTable as ClassTable
     from organfast.anatomy import Structure as Structure
+    from organfast.augmentation import Augmentation as Augmentation
     from organfast.blocks import Block as Block
     from organfast.blocks import Context as Context
     from organfast.blocks import block_views as block_views
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from organfast.grid import ModelGrid as ModelGrid
     from organfast.layouts import find_cases as find_cases
     from organfast.learning import Recipe as Recipe
+    from organfast.learning import Sampling as Sampling
     from organfast.learning import train as train
     from organfast.models.classifier import Model as Model
     from organfast.models.classifier import load_model as load_model
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
     from organfast.pipeline import segment as segment
     from organfast.pipeline import segment_many as segment_many
     from organfast.probability import enlarge as enlarge
+    from organfast.refinement import Refine as Refine
     from organfast.results import Result as Result
     from organfast.sampling import Split as Split
     from organfast.segmentation import Cleaning as Cleaning
     from organfast.volume import Volume as Volume
 
 _HOMES = {
+    "Augmentation": "organfast.augmentation",
     "Block": "organfast.blocks",
     "ClassTable": "organfast.anatomy",
     "Cleaning": "organfast.segmentation",
@@ -48,7 +52,9 @@ _HOMES = {
     "ModelGrid": "organfast.grid",
     "Organ": "organfast.organs",
     "Recipe": "organfast.learning",
+    "Refine": "organfast.refinement",
     "Result": "organfast.results",
+    "Sampling": "organfast.learning",
     "Settings": "organfast.pipeline",
     "Split": "organfast.sampling",
     "Structure": "organfast.anatomy",
@@ -67,6 +73,7 @@ _HOMES = {
 
 __version__ = version("organfast")
 __all__ = [
+    "Augmentation",
     "Block",
     "ClassTable",
     "Cleaning",
@@ -77,7 +84,9 @@ __all__ = [
     "ModelGrid",
     "Organ",
     "Recipe",
+    "Refine",
     "Result",
+    "Sampling",
     "Settings",
     "Split",
     "Structure",

@@ -19,6 +19,7 @@ import organfast
 PACKAGE = Path(organfast.__file__).parent
 
 FROZEN = [
+    "Augmentation",
     "Block",
     "ClassTable",
     "Cleaning",
@@ -29,7 +30,9 @@ FROZEN = [
     "ModelGrid",
     "Organ",
     "Recipe",
+    "Refine",
     "Result",
+    "Sampling",
     "Settings",
     "Split",
     "Structure",
