@@ -3,7 +3,7 @@
     python benchmarks/publish.py [--quick]         # about ten minutes; `make bench` calls it
 
 Results go to ``benchmarks/results/reference.json``, asv's to ``benchmarks/results/asv/``. The exit
-code is 1 where a ratio fell by more than a tenth. Neither file names the machine or its user.
+code is 1 where a ratio fell by more than a tenth. No file names the machine or its user.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,14 +86,10 @@ def run_asv() -> None:
         run = ["run", "--quick", "--python=same", "--machine=reference"]
         for arguments in (["machine", *flags], [*run, f"--set-commit-hash={commit}"]):
             subprocess.run([*asv, *arguments], cwd=BENCHMARKS, env=environment, check=True)
-    raw = REPOSITORY / ".asv" / "results"
-    target = ASV_RESULTS / "reference"
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(raw / "benchmarks.json", ASV_RESULTS)
-    shutil.copy(raw / "reference" / "machine.json", target)
-    for path in (raw / "reference").glob(f"{commit[:8]}-*.json"):
+    for path in (ASV_RESULTS / "reference").glob(f"{commit[:8]}-*.json"):
         text = without_folders(path.read_text("utf-8"))
-        (target / f"{commit[:8]}-existing-python.json").write_text(text, encoding="utf-8")
+        path.unlink()
+        path.with_name(f"{commit[:8]}-existing-python.json").write_text(text, encoding="utf-8")
 
 
 def without_folders(text: str) -> str:
