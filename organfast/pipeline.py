@@ -7,7 +7,9 @@
     writer, one thread    |            | save s1    |          where ``results.saving`` is used
 
 ``threads`` is what computes. The reader (file and gunzip) and the writer (gzip and files) are lanes
-of input and output beside it, a scan each, so that at most three scans are in memory.
+of input and output beside it, a scan each, so that at most three scans are in memory. Only two
+things have threads of their own: the model grid, made while the pool has nothing to do, and
+``Result.probability``, which may be called when the pool is gone.
 """
 
 from __future__ import annotations
@@ -89,8 +91,9 @@ class Settings:
     Raises
     ------
     ValueError
-        The stride is not made of whole numbers from 1, one name stands where a tuple belongs, or
-        labels alone are asked for together with what needs probabilities.
+        The stride is not made of whole numbers from 1, one name stands where a tuple belongs,
+        ``refine`` is something else, or labels alone are asked for together with what needs
+        probabilities.
     """
 
     stride: int | tuple[int, int, int] | None = None
@@ -115,6 +118,8 @@ class Settings:
             names = getattr(self, name)
             if isinstance(names, str):
                 raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
+        if not isinstance(self.refine, (Refine, type(None))):
+            raise ValueError(f"refine is {self.refine!r}; give Refine(), or None")
         if not self.confidence and (self.probabilities or self.refine):
             wish = "probability maps" if self.probabilities else "coarse to fine"
             raise ValueError(f"labels alone leave no probabilities for {wish}; give up one of them")
@@ -308,7 +313,7 @@ def _segment(
     volume, classes = given.scan.volume, model.classes
     wanted = _wanted_labels(classes, settings)
     kept = [classes.index(name) for name in settings.probabilities]
-    seconds = {"read": given.seconds}
+    seconds, threads = {"read": given.seconds}, workers.threads
     # In working order, whatever the order of the file: the kernels write along memory.
     shape = volume.working.shape
     labels: NDArray[Any] = np.zeros(shape, np.uint8 if len(classes) <= 256 else np.uint16)
@@ -354,12 +359,8 @@ def _segment(
             "cleaned": cleaned,
             "warnings": [*given.scan.warnings, *flow.warnings],
         },
-        timings={
-            "threads": workers.threads,
-            "seconds": seconds,
-            "peak_memory_mb": peak_memory_mb(),
-        },
-        probability_map=lambda name: flow.probability_map(name, maps, workers.threads),
+        timings={"threads": threads, "seconds": seconds, "peak_memory_mb": peak_memory_mb()},
+        probability_map=lambda name: flow.probability_map(name, maps, threads),
     )
 
 

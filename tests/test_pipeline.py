@@ -633,6 +633,8 @@ def test_labels_alone_are_refused_where_a_label_is_a_blend(
             segment(unseen.scan, model, settings)
         with pytest.raises(ValueError, match=reason):
             list(segment_many([], model, settings))
+    with pytest.raises(ValueError, match=r"refine is True; give Refine\(\), or None"):
+        Settings(refine=True)  # type: ignore[arg-type]
     for need in ({"refine": Refine()}, {"probabilities": ("liver",)}):
         with pytest.raises(
             ValueError, match=r"labels alone leave no probabilities for .*; give up"
