@@ -240,7 +240,8 @@ def saving() -> Iterator[Callable[[Callable[[], None], Callable[[InputError | No
     last: list[tuple[Future[None], Callable[[InputError | None], None]]] = []
 
     def settle() -> None:
-        for writing, done in [last.pop() for _ in last]:
+        while last:
+            writing, done = last.pop()
             failure = None
             try:
                 writing.result()
