@@ -114,8 +114,9 @@ def main() -> int:
         print(f"{what}: {done} of {total}", file=sys.stderr)
 
     before = last_committed()
-    table = measure_all(TABLE.values(), 3 if quick else 9, say)
-    sweep = measure_all(SWEEP.values(), 1 if quick else 3, say)
+    rounds = 3 if quick else 9
+    table = measure_all(TABLE.values(), rounds, say)
+    sweep = measure_all(SWEEP.values(), rounds, say)
     now = run_record(table, dict(zip(SWEEP, sweep, strict=True)), "make bench")
     RESULTS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     if not quick:

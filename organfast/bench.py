@@ -37,6 +37,7 @@ __all__ = [
     "machine",
     "measure_all",
     "peak_resident_mb",
+    "plain",
     "run_record",
     "spread",
     "sweep_rows",
@@ -441,13 +442,13 @@ def table_rows(comparisons: Iterable[Mapping[str, Any]]) -> list[tuple[str, str,
     """
     rows = []
     for c in comparisons:
-        figure = f"{_plain(c['ours'])} {c['unit']}"
+        figure = f"{plain(c['ours'])} {c['unit']}"
         if c["ns_per_visit"]:
             figure += f", {c['ns_per_visit']:.2f} ns a node visit"
         if c["peak_mb"]:
             figure += f", {c['peak_mb']:,.0f} MB"
         peers = [
-            (f"{'limit: ' if name in c['limits'] else ''}{name}", f"{_plain(ratio[0])}×")
+            (f"{'limit: ' if name in c['limits'] else ''}{name}", f"{plain(ratio[0])}×")
             for name, ratio in c["ratios"].items()
         ]
         rows += [(c["name"], figure, *peer) for peer in peers or [("", "")]]
@@ -466,20 +467,27 @@ def sweep_rows(comparisons: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]
         (
             c["name"],
             f"{c['ours']:,.0f}",
-            f"{c['voxels_per_second'] / 1e6:.2f}",
+            plain(c["voxels_per_second"] / 1e6),
             f"{c['ns_per_visit']:.2f}",
             f"{c['peak_mb']:.0f}" if c["peak_mb"] else "",
-            next((f"{_plain(ratio[0])}×" for ratio in c["ratios"].values()), ""),
+            next((f"{plain(ratio[0])}×" for ratio in c["ratios"].values()), ""),
         )
         for c in comparisons
     ]
 
 
-def _plain(number: float) -> str:
-    """Two or three digits, and none after the point from 20 on.
+def plain(number: float) -> str:
+    """Two or three digits, for people to read.
 
-    >>> [_plain(n) for n in (0.8512, 5.04, 12.34, 21.7, 123456.7)]
-    ['0.85', '5.0', '12.3', '22', '123,457']
+    Parameters
+    ----------
+    number : float
+        Not negative.
+
+    >>> [plain(n) for n in (0.8512, 5.04, 12.34, 21.7, 4567.8, 234567.8, 1234567.8)]
+    ['0.85', '5.0', '12.3', '22', '4,568', '234,568', '1.23 M']
     """
+    if number >= 1e6:
+        return f"{number / 1e6:.3g} M"
     decimals = 2 if number < 2 else 1 if number < 20 else 0
     return f"{number:,.{decimals}f}"

@@ -241,7 +241,7 @@ def _forest_case(asked: _Asked, name: str, n_voxels: int) -> Benchmark:
     """All positions by us, a sample of them by scikit-learn on blocks copied beforehand."""
     chosen = asked.sample(_PEER_SAMPLE)
     features, n = asked.features(chosen), chosen.stop - chosen.start
-    peer = f"scikit-learn predict_proba, blocks copied beforehand, {n:,} of the positions"
+    peer = f"scikit-learn predict_proba, features copied beforehand, {n:,} of the positions"
     return Benchmark(
         name,
         asked.probabilities()[0],
@@ -411,7 +411,9 @@ def working_grid_case(n: int = _AS_MANY, forest: Size = REAL) -> Benchmark:
         f"{len(asked.positions):,} positions in the body",
         asked.probabilities()[0],
         {
-            "scikit-learn predict_proba, and gathering the features": Peer(gather_and_predict),
+            "scikit-learn predict_proba, and gathering the features by our kernel": Peer(
+                gather_and_predict
+            ),
             "scikit-learn predict_proba, features gathered beforehand": Peer(
                 lambda: asked.estimator.predict_proba(ready)
             ),

@@ -429,7 +429,7 @@ def bench(
     command = f"organfast bench{' --full' if full else ''}{' --quick' if quick else ''}"
     with _progress() as progress:
         table = measure_all(TABLE.values(), rounds, progress)
-        sweep = measure_all(SWEEP.values() if full else (), 3, progress)
+        sweep = measure_all(SWEEP.values() if full else (), rounds, progress)
     record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command)
     if as_json:
         _json(record)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from organfast.bench import table_rows
+from organfast.bench import plain, table_rows
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "reference.json"
@@ -67,7 +67,7 @@ def _sweep(comparisons: list[dict[str, Any]]) -> list[str]:
         cells = []
         for stride in strides:
             both = (found[pattern, stride, threads] for threads in (1, 2))
-            cells.append(" / ".join(f"{c['voxels_per_second'] / 1e6:.2g}" for c in both))
+            cells.append(" / ".join(plain(c["voxels_per_second"] / 1e6) for c in both))
         dense = found[pattern, 1, 1]
         cells += [f"{dense['ns_per_visit']:.2f}", f"{dense['peak_mb']:.0f}"]
         lines.append(f"| {pattern} | {' | '.join(cells)} |")
