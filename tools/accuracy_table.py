@@ -1,0 +1,108 @@
+"""Write the README's tables of accuracy from the committed results of ``benchmarks/accuracy.py``.
+
+    python tools/accuracy_table.py
+
+They stand between comments such as ``<!-- patterns:begin -->`` and ``<!-- patterns:end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "accuracy.json"
+README = REPOSITORY / "README.md"
+GROUPS = {"phantoms": "phantoms", "chest -> abdomen": "chest → abdomen"}
+GROUPS["abdomen -> chest"] = "abdomen → chest"
+
+
+def table(rows: Mapping[str, Any], what: str) -> str:
+    """Markdown: a line per row, three figures per group of unseen patients.
+
+    Parameters
+    ----------
+    rows : mapping
+        Name -> group -> scores, as ``benchmarks/accuracy.py`` keeps them.
+    what : str
+        Heading of the first column.
+    """
+    first = next(iter(rows.values()))
+    heads = []
+    for group, shown in GROUPS.items():
+        if group in first:
+            n = first[group]["n_patients"]
+            heads.append(f"{shown}, **{n} patient{'s' if n > 1 else ''}** unseen")
+    lines = [f"| {what} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, groups in rows.items():
+        cells = [_figures(groups[group]) for group in GROUPS if group in groups]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(scores: Mapping[str, Any]) -> str:
+    """Blocks, Dice of the six large organs / of all, centre error and organs that were missed."""
+    missed = scores["n_missed"]
+    organs = scores["n_centres"] + missed
+    return (
+        f"{100 * scores['blocks']:.0f} % · {_dice(scores['dice_of_six'])} / "
+        f"{_dice(scores['dice'])} · {scores['centre_mm_median']:.0f} mm"
+        + (f", {missed} of {organs} missed" if missed else "")
+    )
+
+
+def _dice(value: float) -> str:
+    return f"{value:.2f}".lstrip("0")
+
+
+def with_table(text: str, name: str, written: str) -> str:
+    """A text with what stands between its two comments replaced.
+
+    Parameters
+    ----------
+    text : str
+        The README.
+    name : str
+        Of the comments: ``<!-- name:begin -->`` and ``<!-- name:end -->``, each on its own line.
+    written : str
+        What is to stand between them.
+
+    Raises
+    ------
+    ValueError
+        The comments are not there, each once and in order.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(
+            f"put {begin.strip()} and {end.strip()} on lines of their own in README.md"
+        )
+    before, _, rest = text.partition(begin)
+    return before + begin + written + end + rest.partition(end)[2]
+
+
+def with_tables(readme: str, results: Mapping[str, Any]) -> str:
+    """The README with its tables of accuracy replaced.
+
+    Parameters
+    ----------
+    readme : str
+        Its text.
+    results : mapping
+        Table -> row -> group -> scores.
+    """
+    heads = {"patterns": "what the classifier sees", "sampling": "what it is shown"}
+    for name, what in heads.items():
+        readme = with_table(readme, name, table(results[name], what))
+    return readme
+
+
+if __name__ == "__main__":
+    try:
+        text = with_tables(README.read_text("utf-8"), json.loads(RESULTS.read_text("utf-8")))
+    except ValueError as error:
+        sys.exit(f"accuracy_table: {error}")
+    README.write_text(text, encoding="utf-8")
