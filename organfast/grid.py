@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from organfast.kernels.resample import slice_resampled, slices_blended
 from organfast.volume import AIR_HU, Volume
+from organfast.workers import Workers
 
 __all__ = [
     "HU_TABLES",
@@ -270,7 +270,7 @@ def hu_lookup(name: str) -> NDArray[np.int16]:
     return table
 
 
-def to_model_grid(volume: Volume, grid: ModelGrid, threads: int = 1) -> GridVolume:
+def to_model_grid(volume: Volume, grid: ModelGrid, workers: Workers | None = None) -> GridVolume:
     """Bring a scan to the model grid.
 
     The scan's own pixels (``spacing_mm`` None, or a spacing that differs from the scan's by less
@@ -286,8 +286,8 @@ def to_model_grid(volume: Volume, grid: ModelGrid, threads: int = 1) -> GridVolu
         The scan.
     grid : ModelGrid
         The grid to bring it to.
-    threads : int
-        Threads to share the slices; the result does not depend on it.
+    workers : Workers, optional
+        Threads to share the slices; the result does not depend on them.
 
     Returns
     -------
@@ -297,10 +297,8 @@ def to_model_grid(volume: Volume, grid: ModelGrid, threads: int = 1) -> GridVolu
     Raises
     ------
     ValueError
-        ``threads`` is below 1, or the grid would have more than 2^31 voxels.
+        The grid would have more than 2^31 voxels.
     """
-    if threads < 1:
-        raise ValueError(f"threads is {threads}; use at least 1")
     hu, spacing, table = volume.working, volume.working_spacing_mm, hu_lookup(grid.hu_table)
     target = spacing if grid.spacing_mm is None else grid.spacing_mm[::-1]
     step = _three(
@@ -310,7 +308,7 @@ def to_model_grid(volume: Volume, grid: ModelGrid, threads: int = 1) -> GridVolu
     if step == (1.0, 1.0, 1.0):
         return GridVolume(hu, table=table, hu_table=grid.hu_table, spacing_mm=spacing)
     return GridVolume(
-        resampled(hu, table, step, threads),
+        resampled(hu, table, step, workers),
         step,
         _three((s - 1) / 2 for s in step),
         None,
@@ -323,7 +321,7 @@ def resampled(
     hu: NDArray[np.int16],
     table: NDArray[np.int16],
     step: tuple[float, float, float],
-    threads: int = 1,
+    workers: Workers | None = None,
 ) -> NDArray[np.int16]:
     """HU through a table, then averaged to every ``step``-th voxel; see :func:`to_model_grid`.
 
@@ -335,7 +333,7 @@ def resampled(
         Index ``hu + 32768``.
     step : (k, i, j) float
         Input voxels per output voxel.
-    threads : int
+    workers : Workers, optional
         Threads to share the slices.
 
     Returns
@@ -361,12 +359,11 @@ def resampled(
     def resample(begin: int, end: int) -> None:
         _resample_slices(hu, table, (through, down, along), out, range(begin, end))
 
-    edges = [len(out) * part // threads for part in range(threads + 1)]
-    if threads == 1:
+    if workers is None:
         resample(0, len(out))
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(resample, edges[:-1], edges[1:]))
+        edges = [len(out) * part // workers.threads for part in range(workers.threads + 1)]
+        list(workers.map(resample, edges[:-1], edges[1:]))
     return out
 
 

@@ -39,7 +39,7 @@ from organfast.metrics import accuracy, confusion
 from organfast.models.classifier import Model
 from organfast.models.forest import ForestSettings, train_forest
 from organfast.nifti import file_digest
-from organfast.probability import SliceClassifier, Workers, probability_slabs
+from organfast.probability import SliceClassifier, probability_slabs
 from organfast.progress import Progress, silent
 from organfast.sampling import (
     LabelledScan,
@@ -50,6 +50,7 @@ from organfast.sampling import (
     slabs_at,
     split_patients,
 )
+from organfast.workers import Workers
 
 __all__ = ["Recipe", "Sampling", "train"]
 

@@ -41,7 +41,6 @@ from organfast.probability import (
     Enlargement,
     Slab,
     SliceClassifier,
-    Workers,
     label_volume,
     organ_map,
     probability_slabs,
@@ -52,6 +51,7 @@ from organfast.results import Result, peak_memory_mb, too_large
 from organfast.sampling import on_model_grid
 from organfast.segmentation import Cleaning, clean
 from organfast.volume import Volume
+from organfast.workers import Workers
 
 FAR_SPACING = 1.25
 _END = object()
@@ -380,7 +380,7 @@ class _Flow:
     @staticmethod
     def prepare(given: _Input, model: Model, settings: Settings, workers: Workers) -> _Flow:
         volume = given.scan.volume
-        grid_volume = on_model_grid(given.name, volume, model.grid, workers.threads)
+        grid_volume = on_model_grid(given.name, volume, model.grid, workers)
         stride = _stride(settings.stride) if settings.stride is not None else model.stride
         block_grid = BlockGrid(grid_volume.shape, stride)
         mask = body_mask(grid_volume, block_grid) if settings.body_mask else None

@@ -24,12 +24,12 @@ block after it. Classes x volume is never held.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ from organfast.kernels.enlarge import (
     weigh_slice,
 )
 from organfast.levels import LevelWindow, levels_slab
+from organfast.workers import Workers
 
 if TYPE_CHECKING:
     from organfast.models.classifier import Classifier
@@ -52,7 +53,6 @@ __all__ = [
     "Enlargement",
     "Evidence",
     "SliceClassifier",
-    "Workers",
     "axis_weights",
     "enlarge",
     "label_volume",
@@ -63,8 +63,6 @@ __all__ = [
 Labels = NDArray[np.uint8] | NDArray[np.uint16]
 Confidence = NDArray[np.uint8] | NDArray[np.float32]
 Slab = tuple[int, NDArray[np.float32]]
-Item = TypeVar("Item")
-Computed = TypeVar("Computed")
 
 BACKGROUND = 0
 _WINDOW_BYTES = 200 << 20
@@ -278,47 +276,6 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 # --- slabs of probabilities -----------------------------------------------------------------------
-
-
-class Workers(ThreadPoolExecutor):
-    """Threads that compute ahead of the consumer, but never far.
-
-    Parameters
-    ----------
-    threads : int
-        Threads; what they compute does not depend on it.
-    """
-
-    def __init__(self, threads: int) -> None:
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; use at least one")
-        super().__init__(threads, thread_name_prefix="organfast")
-        self.threads = threads
-        self.window = threads + 2
-
-    def in_order(
-        self, function: Callable[[Item], Computed], items: Iterable[Item]
-    ) -> Iterator[Computed]:
-        """Results in the order of the items; at most ``window`` of them are computed ahead.
-
-        Parameters
-        ----------
-        function : callable
-            Called with one item, in any of the threads.
-        items : iterable
-            Asked for the next one as the results are taken.
-        """
-        pending: deque[Future[Computed]] = deque()
-        try:
-            for item in items:
-                if len(pending) == self.window:
-                    yield pending.popleft().result()
-                pending.append(self.submit(function, item))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 class SliceClassifier:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.probability import BACKGROUND, Slab, SliceClassifier, Workers
+from organfast.probability import BACKGROUND, Slab, SliceClassifier
+from organfast.workers import Workers
 
 __all__ = ["Refine", "Visits", "refined_slabs"]
 

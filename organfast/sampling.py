@@ -31,6 +31,7 @@ from organfast.layouts import Case, CaseLabels, case_labels
 from organfast.levels import LevelWindow, levels_slab
 from organfast.nifti import read_scan
 from organfast.volume import Volume
+from organfast.workers import Workers
 
 __all__ = [
     "LabelledScan",
@@ -266,7 +267,7 @@ class LabelledScan:
 
 
 def on_model_grid(
-    path: str | PathLike[str], volume: Volume, grid: ModelGrid, threads: int = 1
+    path: str | PathLike[str], volume: Volume, grid: ModelGrid, workers: Workers | None = None
 ) -> GridVolume:
     """A file's scan on the model grid; see ``to_model_grid``.
 
@@ -278,7 +279,7 @@ def on_model_grid(
         The scan that was read from it.
     grid : ModelGrid
         The grid to bring it to.
-    threads : int
+    workers : Workers, optional
         Threads to share the slices.
 
     Raises
@@ -287,7 +288,7 @@ def on_model_grid(
         The scan is so large, in mm, that it does not fit the grid.
     """
     try:
-        return to_model_grid(volume, grid, threads)
+        return to_model_grid(volume, grid, workers)
     except ValueError as error:
         problem, _, remedy = str(error).partition("; ")
         raise InputError(path, problem, remedy) from None

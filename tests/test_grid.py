@@ -24,6 +24,7 @@ from organfast.grid import (
     to_model_grid,
 )
 from organfast.volume import Volume
+from organfast.workers import Workers
 
 
 def as_volume(working: np.ndarray, spacing_mm: tuple[float, float, float]) -> Volume:
@@ -170,7 +171,8 @@ def test_resampling_rounds_half_up() -> None:
 def test_a_constant_scan_stays_constant(
     shape: tuple[int, int, int], step: tuple[float, float, float], value: int, threads: int
 ) -> None:
-    out = resampled(np.full(shape, value, np.int16), hu_lookup("identity"), step, threads)
+    with Workers(threads) as workers:
+        out = resampled(np.full(shape, value, np.int16), hu_lookup("identity"), step, workers)
     np.testing.assert_array_equal(out, value)
 
 
@@ -197,9 +199,9 @@ def test_threads_do_not_change_the_result(threads: int) -> None:
     hu = random_hu((11, 20, 21))
     table = hu_lookup("piecewise")
     for step in STEPS:
-        np.testing.assert_array_equal(
-            resampled(hu, table, step, threads), resampled(hu, table, step)
-        )
+        with Workers(threads) as workers:
+            found = resampled(hu, table, step, workers)
+        np.testing.assert_array_equal(found, resampled(hu, table, step))
 
 
 @pytest.mark.parametrize(("order", "signs"), ORIENTATIONS[::5])
@@ -235,7 +237,7 @@ def test_an_absurd_spacing_is_refused_before_memory_is_taken() -> None:
 
 def test_threads_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
-        to_model_grid(as_volume(random_hu((1, 1, 1)), (1.0, 1.0, 1.0)), ModelGrid(), 0)
+        Workers(0)
 
 
 # --- labels on the model grid ---------------------------------------------------------------------

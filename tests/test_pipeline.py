@@ -32,12 +32,13 @@ from organfast.organs import measure_organs, organs_json
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
 from organfast.pipeline import Settings, locate, segment, segment_many
-from organfast.probability import SliceClassifier, Workers, probability_slabs
+from organfast.probability import SliceClassifier, probability_slabs
 from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.sampling import Split
 from organfast.segmentation import Cleaning
 from organfast.volume import Volume
+from organfast.workers import Workers
 
 FIELD = FieldOfView((72, 72, 40), (5.0, 5.0, 12.0))
 GRIDS = {"native": ModelGrid(None), "working": ModelGrid((6.5, 6.0, 10.0), "piecewise")}

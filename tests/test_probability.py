@@ -25,7 +25,6 @@ from organfast.kernels.enlarge import (
 from organfast.probability import (
     Enlargement,
     SliceClassifier,
-    Workers,
     axis_weights,
     enlarge,
     label_volume,
@@ -33,6 +32,7 @@ from organfast.probability import (
     probability_slabs,
 )
 from organfast.volume import Volume
+from organfast.workers import Workers
 
 NO_CONFIDENCE = np.empty((0, 0), np.uint8)
 

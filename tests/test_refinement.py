@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from organfast import probability
 from organfast.blocks import Block
 from organfast.grid import BlockGrid, GridVolume
-from organfast.probability import SliceClassifier, Workers, probability_slabs
+from organfast.probability import SliceClassifier, probability_slabs
 from organfast.refinement import Refine, Visits, refined_slabs
+from organfast.workers import Workers
 
 EVERYWHERE, NOWHERE = Refine(1.5), Refine(0, disagreement=False)
 
