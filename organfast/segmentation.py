@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.kernels.label_statistics import (
-    component_statistics,
+from organfast.kernels.label_statistics import label_statistics
+from organfast.kernels.runs import (
     enclosing_labels,
-    join_components,
-    label_statistics,
+    encode_runs,
+    join_pieces,
+    join_runs,
+    piece_origins,
+    piece_sizes,
+    rewrite_runs,
+    surrounding_labels,
 )
 
 __all__ = ["Cleaning", "LabelStatistics", "clean", "measure_labels"]
@@ -25,9 +31,9 @@ __all__ = ["Cleaning", "LabelStatistics", "clean", "measure_labels"]
 Labels = NDArray[np.uint8] | NDArray[np.uint16]
 Box = tuple[slice, slice, slice]
 
-# Components are found slab by slab: uint8 labels and uint32 components of so many voxels, plus
-# what the component search itself takes, stay near 25 MB whatever the size of the scan.
-_SLAB_VOXELS = 2_097_152
+# Pieces are found slab by slab: so many runs take 10 bytes each, and their pieces no more than 50,
+# whatever the size of the scan.
+_SLAB_RUNS = 2_097_152
 _CONNECTIVITY = 26
 # What bounds a 26-connected component is 6-connected: no void leaks out over a corner.
 _VOID_CONNECTIVITY = 6
@@ -123,31 +129,18 @@ def measure_labels(
             f"confidence of shape {confidence.shape}, {confidence.dtype}, does not fit labels of "
             f"shape {labels.shape}; give a uint8 map of that shape"
         )
-    counts = np.zeros(n_classes, np.int64)
-    sums = np.zeros((n_classes, 3), np.int64)
-    boxes = np.zeros((n_classes, 3, 2), np.int64)
-    boxes[:, :, 0] = np.iinfo(np.int64).max
-    confidence_sums = np.zeros(n_classes, np.int64)
-    # The axis whose voxels lie closest together comes last.
-    along_memory = np.argsort([-abs(stride) for stride in labels.strides], kind="stable")
-    n_beyond = label_statistics(
-        labels.transpose(along_memory),
-        None if confidence is None else confidence.transpose(along_memory),
-        counts,
-        sums,
-        boxes,
-        confidence_sums,
-    )
-    if n_beyond:
-        raise ValueError(
-            f"{n_beyond} voxels have a label of {n_classes} or more; the class table ends at "
-            f"{n_classes - 1}"
-        )
-    boxes[counts == 0] = 0
-    back = np.argsort(along_memory)
-    return LabelStatistics(
-        counts, sums[:, back], boxes[:, back], None if confidence is None else confidence_sums
-    )
+    memory = _Memory.of(labels)
+    along = memory.along(labels)
+    found, _ = _measure(along, n_classes, None if confidence is None else memory.along(confidence))
+    boxes, sums = found.boxes.copy(), found.sums.copy()
+    for axis, is_flipped in enumerate(memory.flipped):
+        if is_flipped:
+            n = along.shape[axis]
+            sums[:, axis] = found.counts * (n - 1) - sums[:, axis]
+            boxes[:, axis] = n - boxes[:, axis, ::-1]
+    boxes[found.counts == 0] = 0
+    back = np.argsort(memory.axes)
+    return LabelStatistics(found.counts, sums[:, back], boxes[:, back], found.confidence_sums)
 
 
 def clean(
@@ -167,8 +160,9 @@ def clean(
     with an island of another organ. Holes are found once, after all components are judged, for
     all organs at a time.
 
-    Beside the map, memory is needed for one slab of components and some 50 bytes for each
-    component, whatever islands are spread over the scan.
+    Rows of voxels that lie beside each other in memory are read as runs of one label. Beside the
+    map, memory is needed for one slab of runs and some 60 bytes for each component, whatever
+    islands are spread over the scan.
 
     Parameters
     ----------
@@ -198,15 +192,21 @@ def clean(
         raise ValueError("labels are read-only; cleaning writes in place, so give a writable map")
     if not voxel_ml > 0:
         raise ValueError(f"voxel_ml {voxel_ml} is not positive; give the volume of a voxel in ml")
-    statistics = measure_labels(labels, len(classes))
+    memory = _Memory.of(labels)
+    along = memory.along(labels)
+    statistics, n_runs = _measure(along, len(classes), None)
     organs = [label for label in classes.organs if statistics.counts[label]]
     changes = np.zeros((len(classes), 3), np.int64)
     if cleaning.keep != "none" and organs:
         smallest = cleaning.dust_ml / voxel_ml if cleaning.keep == "dust" else np.inf
-        changes[:, :2] = _remove_components(labels, classes, statistics.hull(organs), smallest)
+        part = _Part.around(
+            along, statistics.hull(organs), n_runs, margin=1
+        )  # what surrounds organs
+        changes[:, :2] = _remove_components(part, classes, memory.order, smallest)
     if cleaning.fill_holes and organs:
         # Removal leaves no organ beyond the hull of the map as it came.
-        changes[:, 2] = _fill_holes(labels[statistics.hull(organs)], classes)
+        part = _Part.around(along, statistics.hull(organs), n_runs, margin=0)
+        changes[:, 2] = _fill_holes(part, classes)
     names = ("removed_components", "removed_voxels", "filled_voxels")
     return {
         **asdict(cleaning),
@@ -219,46 +219,141 @@ def clean(
 
 
 @dataclass(frozen=True)
-class _Search:
-    """Which components are found: those of organs, label by label, or the voids between organs."""
+class _Memory:
+    """How a map lies in memory: its axes, the one whose voxels lie closest last, ascending."""
 
-    others: list[int]  # labels that are no organ
-    voids: bool
+    axes: tuple[int, ...]  # working axis of each
+    flipped: tuple[bool, ...]
+    order: tuple[int, ...]  # how much later in working order the next voxel along each comes
+
+    @staticmethod
+    def of(labels: Labels) -> _Memory:
+        strides = np.array(labels.strides)
+        axes = np.argsort(-abs(strides), kind="stable")
+        flipped = strides[axes] < 0
+        _, n_i, n_j = labels.shape
+        order = np.array([n_i * n_j, n_j, 1])[axes] * np.where(flipped, -1, 1)
+        return _Memory(tuple(axes.tolist()), tuple(flipped.tolist()), tuple(order.tolist()))
+
+    def along(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A view of an array of the map's shape with these axes."""
+        ways = tuple(slice(None, None, -1 if flipped else 1) for flipped in self.flipped)
+        return array.transpose(self.axes)[ways]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A box of a map along memory, to be searched slab by slab."""
+
+    labels: Labels
+    n_runs: NDArray[np.int64]  # (n_planes,) at most
+
+    @staticmethod
+    def around(along: Labels, hull: Box, n_runs: NDArray[np.int64], margin: int) -> _Part:
+        planes, rows, columns = (slice(max(0, s.start - margin), s.stop + margin) for s in hull)
+        return _Part(along[planes, rows, columns], n_runs[planes])
+
+    @cached_property
+    def slabs(self) -> list[slice]:
+        """As many planes as have so many runs with the plane before them, but at least one."""
+        slabs, start, total = [], 0, 0
+        for n, n_runs in enumerate(self.n_runs.tolist()):
+            if n > start and total + n_runs > _SLAB_RUNS:
+                slabs.append(slice(start, n))
+                start, total = n, int(self.n_runs[n - 1])
+            total += n_runs
+        return [*slabs, slice(start, len(self.n_runs))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Which pieces are found: those of organs, label by label, or the voids between organs."""
+
+    groups: NDArray[np.int32]  # (n_classes,) voxels of one group connect; -1 is not sought
+    corners: bool  # 26-connected, or 6-connected
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """The runs of a slab and of the plane before it, as in ``kernels/runs.pyx``, and their pieces.
+
+    A slab's pieces are numbered by their first voxels along memory.
+    """
+
+    stops: NDArray[np.int32]
+    labels: NDArray[np.uint16]
+    rows: NDArray[np.int32]
+    n_rows: int  # of a plane
+    first: int  # 1 with a plane before the slab, else 0
+    pieces: NDArray[np.int32]  # (n_runs,) -1 is none
+    n_pieces: int
+
+    @property
+    def of_first_plane(self) -> NDArray[np.int32]:
+        return self.pieces[: self.rows[self.n_rows]]
+
+    @property
+    def of_last_plane(self) -> NDArray[np.int32]:
+        return self.pieces[self.rows[-1 - self.n_rows] :]
 
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
     """Components as found slab by slab; one that crosses a slab's end is several pieces.
 
-    Pieces are numbered by their first voxel in working order, so that the lowest piece of a
-    component, its root, is the same however the map is cut into slabs.
+    The lowest piece of a component is its root.
     """
 
     n_of_slab: list[int]
     root: NDArray[np.int32]  # (n_pieces,)
     size: NDArray[np.int64]  # (n_pieces,) voxels of a root's component, 0 for other pieces
     owner: NDArray[np.uint16]  # (n_pieces,) label
+    earliest: NDArray[np.int64]  # (n_pieces,) place of a root's component in working order
     surroundings: NDArray[np.uint16]  # (n_pieces,) what a root's component becomes when removed
 
 
+def _measure(
+    along: Labels, n_classes: int, confidence: NDArray[np.uint8] | None
+) -> tuple[LabelStatistics, NDArray[np.int64]]:
+    """Statistics on the axes of a map along memory, and how many runs each of its planes has."""
+    counts = np.zeros(n_classes, np.int64)
+    sums = np.zeros((n_classes, 3), np.int64)
+    boxes = np.zeros((n_classes, 3, 2), np.int64)
+    boxes[:, :, 0] = np.iinfo(np.int64).max
+    confidence_sums = np.zeros(n_classes, np.int64)
+    n_runs = np.zeros(len(along), np.int64)
+    n_beyond = label_statistics(along, confidence, counts, sums, boxes, confidence_sums, n_runs)
+    if n_beyond:
+        raise ValueError(
+            f"{n_beyond} voxels have a label of {n_classes} or more; the class table ends at "
+            f"{n_classes - 1}"
+        )
+    boxes[counts == 0] = 0
+    known = None if confidence is None else confidence_sums
+    return LabelStatistics(counts, sums, boxes, known), n_runs
+
+
 def _remove_components(
-    labels: Labels, classes: ClassTable, box: Box, smallest: float
+    part: _Part, classes: ClassTable, order: tuple[int, ...], smallest: float
 ) -> NDArray[np.int64]:
     """Remove components below ``smallest`` voxels; (n_classes, 2) components and voxels removed."""
-    search = _Search(_not_organs(classes), voids=False)
-    slabs = _slabs(box)
-    pieces = _find_pieces(labels, len(classes), search, slabs)
+    others = _not_organs(classes)
+    groups = np.arange(len(classes), dtype=np.int32)
+    groups[others] = -1
+    search = _Search(groups, corners=True)
+    pieces, last = _find_pieces(part, search, others, order)
     most = np.zeros(len(classes), np.int64)
     np.maximum.at(most, pieces.owner, pieces.size)
-    candidates = np.flatnonzero(pieces.size == most[pieces.owner])
-    _, first_of_organ = np.unique(pieces.owner[candidates], return_index=True)
+    largest = np.flatnonzero(pieces.size == most[pieces.owner])
+    largest = largest[np.lexsort((pieces.earliest[largest], pieces.owner[largest]))]
+    _, first_of_organ = np.unique(pieces.owner[largest], return_index=True)
     is_removed = (pieces.size > 0) & (pieces.size < smallest)
-    is_removed[candidates[first_of_organ]] = False
+    is_removed[largest[first_of_organ]] = False
     removed = np.flatnonzero(is_removed)
 
     becomes = np.full(len(pieces.root), -1, np.int32)
     becomes[removed] = pieces.surroundings[removed]
-    _rewrite(labels, search, slabs, pieces.n_of_slab, becomes[pieces.root])
+    _rewrite(part, search, last, pieces.n_of_slab, becomes[pieces.root])
 
     totals = np.zeros((len(classes), 2), np.int64)
     np.add.at(totals[:, 0], pieces.owner[removed], 1)
@@ -266,27 +361,29 @@ def _remove_components(
     return totals
 
 
-def _fill_holes(hull: Labels, classes: ClassTable) -> NDArray[np.int64]:
+def _fill_holes(hull: _Part, classes: ClassTable) -> NDArray[np.int64]:
     """Give each void that one organ alone encloses to it; (n_classes,) voxels filled.
 
     ``hull`` holds all organs of the map: a void at its border is open.
     """
-    search = _Search(_not_organs(classes), voids=True)
-    is_organ = np.ones(len(classes), np.uint8)
-    is_organ[search.others] = 0
-    k, i, j = (slice(0, n) for n in hull.shape)
-    slabs = _slabs((k, i, j))
+    groups = np.full(len(classes), -1, np.int32)
+    groups[_not_organs(classes)] = 0
+    search = _Search(groups, corners=False)
     n_of_slab, sizes, lows, highs = [], [], [], []
     pairs: list[NDArray[np.int32]] = []
-    for slab, components, n in _label_slabs(hull, search, slabs, pairs):
-        size = np.zeros(n + 1, np.int32)
-        low, high = np.full(n + 1, 65_535, np.uint16), np.zeros(n + 1, np.uint16)
-        n_slices = slab[0].stop - slab[0].start
-        enclosing_labels(hull, components[:n_slices], slab[0].start, is_organ, size, low, high)
+    for slab, runs in _search_slabs(hull, search, pairs):
+        n = runs.n_pieces
+        size = np.zeros(n, np.int64)
+        low, high = np.full(n, 65_535, np.uint16), np.zeros(n, np.uint16)
+        piece_sizes(runs.stops, runs.rows, runs.n_rows, runs.first, runs.pieces, size)
+        ends = slab.start == 0, slab.stop == len(hull.labels)
+        enclosing_labels(
+            runs.stops, runs.labels, runs.rows, runs.n_rows, runs.pieces, ends, low, high
+        )
         n_of_slab.append(n)
-        sizes.append(size[1:])
-        lows.append(low[1:])
-        highs.append(high[1:])
+        sizes.append(size)
+        lows.append(low)
+        highs.append(high)
     root = _roots(pairs, sum(n_of_slab))
     child = np.flatnonzero(root != np.arange(len(root)))
     lowest, highest = np.concatenate(lows), np.concatenate(highs)
@@ -297,7 +394,7 @@ def _fill_holes(hull: Labels, classes: ClassTable) -> NDArray[np.int64]:
     holes = np.flatnonzero((lowest == highest) & (lowest > 0))  # 0: open
     becomes[holes] = lowest[holes]
     becomes = becomes[root]
-    _rewrite(hull, search, slabs, n_of_slab, becomes)
+    _rewrite(hull, search, runs, n_of_slab, becomes)
 
     totals = np.zeros(len(classes), np.int64)
     filled = np.flatnonzero(becomes >= 0)
@@ -305,133 +402,115 @@ def _fill_holes(hull: Labels, classes: ClassTable) -> NDArray[np.int64]:
     return totals
 
 
-def _find_pieces(labels: Labels, n_classes: int, search: _Search, slabs: list[Box]) -> _Pieces:
-    others = search.others
-    column_of_label = np.full(n_classes, -1, np.int32)
+def _find_pieces(
+    part: _Part, search: _Search, others: list[int], order: tuple[int, ...]
+) -> tuple[_Pieces, _Runs]:
+    """Components, which of ``others`` surrounds each most, and the runs of the last slab."""
+    column_of_label = np.full(len(search.groups), -1, np.int32)
     column_of_label[others] = np.arange(len(others))
-    n_of_slab, sizes, owners, columns = [], [], [], []
+    n_of_slab, sizes, owners, places, columns = [], [], [], [], []
     # Votes are kept of the pieces that reach a slab's end only: the others are whole components.
     open_pieces, open_votes = [], []
     pairs: list[NDArray[np.int32]] = []
     n_before = 0
-    for slab, components, n in _label_slabs(labels, search, slabs, pairs):
-        n_slices = slab[0].stop - slab[0].start
-        size, owner = np.zeros(n + 1, np.int32), np.zeros(n + 1, np.uint16)
-        vote = np.zeros((n + 1, len(others)), np.int32)
-        component_statistics(
-            labels,
-            components[:n_slices],
-            (slab[0].start, slab[1].start, slab[2].start),
-            column_of_label,
-            size,
-            owner,
-            vote,
+    for slab, runs in _search_slabs(part, search, pairs):
+        n = runs.n_pieces
+        size, owner = np.zeros(n, np.int64), np.zeros(n, np.uint16)
+        place = np.full(n, np.iinfo(np.int64).max)
+        votes = np.zeros((n, len(others)), np.int64)
+        found = runs.stops, runs.labels, runs.rows, runs.n_rows
+        piece_sizes(runs.stops, runs.rows, runs.n_rows, runs.first, runs.pieces, size)
+        piece_origins(
+            *found, runs.pieces, ((slab.start - runs.first) * order[0], *order), owner, place
         )
-        ends = np.unique(components[[0, -1]])
-        ends = ends[ends > 0].astype(np.int64)
-        open_pieces.append(ends - 1 + n_before)
-        open_votes.append(vote[ends])
+        surrounding_labels(*found, runs.first, runs.pieces, column_of_label, votes)
+        ends = np.unique(np.concatenate([runs.of_first_plane, runs.of_last_plane]))
+        ends = ends[ends >= 0]
+        open_pieces.append(ends + n_before)
+        open_votes.append(votes[ends])
         n_of_slab.append(n)
-        sizes.append(size[1:])
-        owners.append(owner[1:])
+        sizes.append(size)
+        owners.append(owner)
+        places.append(place)
         # Of equal columns argmax takes the first, and the first of `others` is the context class.
-        columns.append(vote[1:].argmax(axis=1).astype(np.uint16))
+        columns.append(votes.argmax(axis=1).astype(np.uint16))
         n_before += n
     root = _roots(pairs, n_before)
     child = np.flatnonzero(root != np.arange(n_before))
-    total_size = np.concatenate(sizes).astype(np.int64)
+    total_size, earliest = np.concatenate(sizes), np.concatenate(places)
     np.add.at(total_size, root[child], total_size[child])
     total_size[child] = 0
-    owner_of_root = np.concatenate(owners)
-    # A root that lies in its slab's shared slice alone gets its owner from the next slab.
-    np.maximum.at(owner_of_root, root[child], owner_of_root[child])
+    np.minimum.at(earliest, root[child], earliest[child])
     open_roots, which = np.unique(root[np.concatenate(open_pieces)], return_inverse=True)
     total_votes = np.zeros((len(open_roots), len(others)), np.int64)
     np.add.at(total_votes, which, np.concatenate(open_votes))
     column = np.concatenate(columns)
     column[open_roots] = total_votes.argmax(axis=1)
-    return _Pieces(n_of_slab, root, total_size, owner_of_root, np.array(others, np.uint16)[column])
+    owner_of_piece, surroundings = np.concatenate(owners), np.array(others, np.uint16)[column]
+    return _Pieces(n_of_slab, root, total_size, owner_of_piece, earliest, surroundings), runs
 
 
 def _rewrite(
-    labels: Labels,
+    part: _Part,
     search: _Search,
-    slabs: list[Box],
+    last: _Runs,
     n_of_slab: list[int],
     becomes: NDArray[np.int32],
 ) -> None:
-    """Give pieces, found by the same search, the label that they become; -1 leaves a piece."""
-    first = 0
-    for slab, n in zip(slabs, n_of_slab, strict=True):
-        new = np.insert(becomes[first : first + n], 0, -1)
-        first += n
+    """Give pieces, found by the same search, the label that they become; -1 leaves a piece.
+
+    The runs of the last slab are still there, the others are searched again: from the last to the
+    first, so that each slab and the plane before it are as they were.
+    """
+    stop = len(becomes)
+    for slab, n in zip(reversed(part.slabs), reversed(n_of_slab), strict=True):
+        new = becomes[stop - n : stop]
+        stop -= n
         if (new < 0).all():
             continue
-        part = labels[slab]
-        components = _label_slab(labels, search, slab)[0][: len(part)]
-        for plane, components_of_plane in zip(part, components, strict=True):
-            label = new[components_of_plane]
-            np.copyto(plane, label, where=label >= 0, casting="unsafe")
+        runs = last if slab.stop == len(part.labels) else _search_slab(part, search, slab)
+        planes = part.labels[slab.start - runs.first : slab.stop]
+        rewrite_runs(runs.stops, runs.rows, runs.first, runs.pieces, new, planes)
 
 
-def _label_slabs(
-    labels: Labels, search: _Search, slabs: list[Box], pairs: list[NDArray[np.int32]]
-) -> Iterator[tuple[Box, NDArray[np.uint32], int]]:
-    """Slab after slab with its components; appends which pieces of two slabs are one."""
+def _search_slabs(
+    part: _Part, search: _Search, pairs: list[NDArray[np.int32]]
+) -> Iterator[tuple[slice, _Runs]]:
+    """Slab after slab with its runs; appends which pieces of two slabs are one."""
     n_before = 0
-    shared = np.zeros(0, np.int64)  # pieces of the slice that two slabs share
-    for slab in slabs:
-        components, n = _label_slab(labels, search, slab)
-        if n_before:
-            pairs.append(_joined(shared, _numbered(components[0], n_before)))
-        shared = _numbered(components[-1], n_before)
-        yield slab, components, n
-        n_before += n
+    shared = np.zeros(0, np.int32)  # pieces of the last plane so far
+    for slab in part.slabs:
+        runs = _search_slab(part, search, slab)
+        if runs.first:
+            is_piece = shared >= 0
+            again = runs.of_first_plane + n_before
+            pairs.append(np.stack([shared[is_piece], again[is_piece]], axis=1))
+        shared = np.where(runs.of_last_plane < 0, -1, runs.of_last_plane + n_before)
+        n_before += runs.n_pieces
+        yield slab, runs
 
 
-def _label_slab(labels: Labels, search: _Search, slab: Box) -> tuple[NDArray[np.uint32], int]:
-    """Components of a slab and, where there is one, of the slice after it; and their number."""
-    import cc3d
-
-    k, i, j = slab
-    part = labels[k.start : k.stop + 1, i, j]
-    if search.voids:
-        sought = np.zeros(part.shape, bool)
-        for label in search.others:
-            sought |= part == label
-    else:
-        sought = np.array(part, order="C")
-        for label in search.others:
-            np.multiply(sought, sought != label, out=sought)
-    components, n = cc3d.connected_components(
-        sought,
-        connectivity=_VOID_CONNECTIVITY if search.voids else _CONNECTIVITY,
-        return_N=True,
-        out_dtype=np.uint32,
-    )
-    return components, int(n)
+def _search_slab(part: _Part, search: _Search, slab: slice) -> _Runs:
+    """Runs and pieces of a slab and, where there is one, of the plane before it."""
+    first = min(slab.start, 1)
+    own = slice(slab.start - first, slab.stop)
+    planes = part.labels[own]
+    n_rows = planes.shape[1]
+    most = int(part.n_runs[own].sum())
+    stops, labels = np.empty(most, np.int32), np.empty(most, np.uint16)
+    rows = np.empty(len(planes) * n_rows + 1, np.int32)
+    n_runs = encode_runs(planes, stops, labels, rows)
+    pieces = np.empty(n_runs, np.int32)
+    n_pieces = join_runs(stops, labels, rows, n_rows, search.groups, search.corners, pieces)
+    return _Runs(stops, labels, rows, n_rows, first, pieces, n_pieces)
 
 
 def _roots(pairs: list[NDArray[np.int32]], n_pieces: int) -> NDArray[np.int32]:
     """(n_pieces,): the lowest piece of the component that each is part of."""
     root = np.arange(n_pieces, dtype=np.int32)
     if pairs:
-        join_components(np.concatenate(pairs), root)
+        join_pieces(np.concatenate(pairs), root)
     return root
-
-
-def _numbered(components: NDArray[np.uint32], n_before: int) -> NDArray[np.int64]:
-    """One slice of a slab's components as numbers of pieces; -1 is none."""
-    pieces = components.astype(np.int64).ravel()
-    return np.where(pieces > 0, pieces - 1 + n_before, -1)
-
-
-def _joined(pieces: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int32]:
-    """(n, 2): which pieces of the slice that two slabs share are one; each run of voxels once."""
-    pairs = np.stack([pieces, others], axis=1)
-    is_new = np.any(np.diff(pairs, axis=0, prepend=-1) != 0, axis=1)
-    joined: NDArray[np.int32] = pairs[is_new & (pieces >= 0)].astype(np.int32)
-    return joined
 
 
 def _not_organs(classes: ClassTable) -> list[int]:
@@ -439,13 +518,6 @@ def _not_organs(classes: ClassTable) -> list[int]:
     inside = classes.context or 0
     skipped = {inside, *classes.organs}
     return [inside, *(label for label in range(len(classes)) if label not in skipped)]
-
-
-def _slabs(box: Box) -> list[Box]:
-    k, i, j = box
-    thickness = max(1, _SLAB_VOXELS // ((i.stop - i.start) * (j.stop - j.start)))
-    starts = range(k.start, k.stop, thickness)
-    return [(slice(start, min(start + thickness, k.stop)), i, j) for start in starts]
 
 
 def _check_labels(labels: Labels) -> None:

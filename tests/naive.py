@@ -1,6 +1,6 @@
 """Slow, obvious twins of the kernels."""
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -68,48 +68,105 @@ def label_statistics(labels, confidence, n_classes):
     return counts, sums, boxes, confidence_sums
 
 
-def component_statistics(labels, components, origin, column_of_label, n_columns):
-    """Size, label and votes of each component, one voxel and one face at a time."""
-    n = int(components.max(initial=0)) + 1
-    sizes, owners, votes = np.zeros(n), np.zeros(n), np.zeros((n, n_columns))
-    for index in np.ndindex(components.shape):
-        component = components[index]
-        if component == 0:
-            continue
-        position = np.array(index) + origin
-        sizes[component] += 1
-        owners[component] = labels[tuple(position)]
-        for step in np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)]):
-            neighbour = position + step
-            if (neighbour >= 0).all() and (neighbour < labels.shape).all():
-                column = column_of_label[labels[tuple(neighbour)]]
-                if column >= 0:
-                    votes[component, column] += 1
-    return sizes, owners, votes
+def encode_runs(planes):
+    """stops, labels and the first run of each row; last, the number of runs."""
+    stops, labels, rows = [], [], [0]
+    for row in planes.reshape(-1, planes.shape[2]).tolist():
+        stop = 0
+        for label, run in groupby(row):
+            stop += len(list(run))
+            stops.append(stop)
+            labels.append(label)
+        rows.append(len(stops))
+    return stops, labels, rows
 
 
-def enclosing_labels(labels, components, first, is_organ):
-    """Size of each component and the lowest and highest organ at its faces, face by face."""
-    n = int(components.max(initial=0)) + 1
-    sizes, near = np.zeros(n), [[] for _ in range(n)]
-    for index in np.argwhere(components):
-        component = components[tuple(index)]
-        sizes[component] += 1
-        position = index + np.array([first, 0, 0])
-        if (position == 0).any() or (position + 1 == labels.shape).any():
-            near[component].append(0)
+def decoded(stops, rows, values, shape):
+    """The value of each run at its voxels."""
+    voxels = np.empty((shape[0] * shape[1], shape[2]), values.dtype)
+    for row, (first, end) in zip(voxels, pairwise(rows), strict=True):
+        for run in range(first, end):
+            row[0 if run == first else stops[run - 1] : stops[run]] = values[run]
+    return voxels.reshape(shape)
+
+
+def join_runs(planes, groups, corners):
+    """The piece of each run: components of each group's mask, numbered as runs meet them."""
+    from scipy import ndimage
+
+    near = np.ones((3, 3, 3)) if corners else None
+    found = {g: ndimage.label(groups[planes] == g, near)[0] for g in groups if g >= 0}
+    seen, pieces = [], []
+    for at in np.ndindex(planes.shape):
+        k, i, j = at
+        if j > 0 and planes[at] == planes[k, i, j - 1]:
             continue
-        for step in np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)]):
-            label = labels[tuple(position + step)]
-            near[component] += [label] if is_organ[label] else []
+        group = groups[planes[at]]
+        piece = (group, found[group][at]) if group >= 0 else None
+        if piece and piece not in seen:
+            seen.append(piece)
+        pieces.append(seen.index(piece) if piece else -1)
+    return pieces
+
+
+def piece_sizes(pieces, first, n):
+    return [np.count_nonzero(pieces[first:] == piece) for piece in range(n)]
+
+
+def piece_origins(planes, pieces, order, n):
+    owners, places = np.zeros(n, int), [[] for _ in range(n)]
+    for at in np.argwhere(pieces >= 0):
+        piece = pieces[tuple(at)]
+        owners[piece] = planes[tuple(at)]
+        places[piece].append(order[0] + at @ order[1:])
+    return owners, [min(p) for p in places]
+
+
+def faces(shape, first):
+    """Every pair of voxels that share a face, of which the later lies in plane ``first`` or on."""
+    for at in np.ndindex(shape):
+        for step in np.eye(3, dtype=int):
+            before = tuple(at - step)
+            if at[0] >= first and min(before) >= 0:
+                yield at, before
+                yield before, at
+
+
+def surrounding_labels(planes, pieces, first, column_of_label, shape):
+    votes = np.zeros(shape)
+    for one, other in faces(planes.shape, first):
+        column = column_of_label[planes[other]]
+        if pieces[one] >= 0 and pieces[other] < 0 and column >= 0:
+            votes[pieces[one], column] += 1
+    return votes
+
+
+def enclosing_labels(planes, pieces, ends, n):
+    near = [[] for _ in range(n)]
+    for one, other in faces(planes.shape, 0):
+        if pieces[one] >= 0 and pieces[other] < 0:
+            near[pieces[one]].append(planes[other])
     lowest = [min(labels, default=65_535) for labels in near]
-    return sizes, lowest, [max(labels, default=0) for labels in near]
+    inner = np.zeros(planes.shape, bool)
+    inner[ends[0] : len(planes) - ends[1], 1:-1, 1:-1] = True
+    for piece in pieces[(pieces >= 0) & ~inner]:
+        lowest[piece] = 0
+    return lowest, [max(labels, default=0) for labels in near]
 
 
-def join_components(pairs, n_components):
-    """The lowest component that each can be reached from."""
-    parents = list(range(n_components))
-    for _ in range(n_components):
+def rewrite_runs(planes, pieces, first, becomes):
+    out = np.array(planes)
+    for at in np.argwhere(pieces >= 0):
+        label = becomes[pieces[tuple(at)]]
+        if at[0] >= first and label >= 0:
+            out[tuple(at)] = label
+    return out
+
+
+def join_pieces(pairs, n_pieces):
+    """The lowest piece that each can be reached from."""
+    parents = list(range(n_pieces))
+    for _ in range(n_pieces):
         for one, other in pairs:
             parents[one] = parents[other] = min(parents[one], parents[other])
     return parents

@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from organfast import segmentation
 from organfast.anatomy import ClassTable, Structure
-from organfast.kernels.label_statistics import (
-    component_statistics,
+from organfast.kernels.runs import (
     enclosing_labels,
-    join_components,
+    encode_runs,
+    join_pieces,
+    join_runs,
+    piece_origins,
+    piece_sizes,
+    rewrite_runs,
+    surrounding_labels,
 )
 from organfast.segmentation import Cleaning, clean, measure_labels
 
@@ -129,66 +134,104 @@ def test_confidence_must_fit_the_labels(confidence: NDArray[Any]) -> None:
         measure_labels(np.zeros((2, 2, 2), np.uint8), 3, confidence)
 
 
-# --- components -----------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
+
+ORGANS = np.array([-1, -1, -1, 3, 4, 5], np.int32)
+VOIDS = np.array([0, 0, 0, -1, -1, -1], np.int32)
+
+
+def encoded(planes: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+    """stops, labels, rows and the rows of a plane"""
+    stops, labels = np.empty(planes.size, np.int32), np.empty(planes.size, np.uint16)
+    rows = np.empty(planes.shape[0] * planes.shape[1] + 1, np.int32)
+    n = encode_runs(planes, stops, labels, rows)
+    return stops[:n], labels[:n], rows, planes.shape[1]
+
+
+def joined(runs: tuple[Any, ...], groups: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+    pieces = np.empty(len(runs[0]), np.int32)
+    return pieces, join_runs(*runs, groups, groups is ORGANS, pieces)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_component_statistics_equal_their_twin(
+def test_encoded_runs_equal_their_twin(
     dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], shape: tuple[int, ...]
 ) -> None:
-    import cc3d
-
-    labels = layout(blobs(shape, 6, seed=3).astype(dtype))
-    organs = np.ascontiguousarray(labels) * (labels >= LIVER)
-    origin = tuple(n // 3 for n in shape)
-    part = organs[tuple(slice(n, None) for n in origin)]
-    components, n = cc3d.connected_components(part, return_N=True, out_dtype=np.uint32)
-    columns = np.array([2, 0, 1, -1, -1, -1], np.int32)
-    labels.flags.writeable = False
-    sizes, owners = np.zeros(n + 1, np.int32), np.zeros(n + 1, np.uint16)
-    votes = np.zeros((n + 1, 3), np.int32)
-    component_statistics(
-        labels, np.ascontiguousarray(components), origin, columns, sizes, owners, votes
-    )
-    expected = naive.component_statistics(labels, components, origin, columns, 3)
-    for got, wanted in zip((sizes, owners, votes), expected, strict=True):
+    planes = layout(blobs(shape, 6, seed=3).astype(dtype) * dtype(51))
+    planes.flags.writeable = False
+    for got, wanted in zip(encoded(planes)[:3], naive.encode_runs(planes), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [*SHAPES, (9, 10, 11)])
-def test_enclosing_labels_equal_their_twin(
-    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], shape: tuple[int, ...]
-) -> None:
-    import cc3d
-
-    labels = layout(sponge(shape, seed=4).astype(dtype))
-    first = shape[0] // 4
-    components, n = cc3d.connected_components(
-        np.ascontiguousarray(labels[first : first + 5] < LIVER),
-        connectivity=6,
-        return_N=True,
-        out_dtype=np.uint32,
-    )
-    is_organ = np.array([0, 0, 0, 1, 1, 1], np.uint8)
-    labels.flags.writeable = components.flags.writeable = False
-    sizes = np.zeros(n + 1, np.int32)
-    lowest, highest = np.full(n + 1, 65_535, np.uint16), np.zeros(n + 1, np.uint16)
-    enclosing_labels(labels, components, first, is_organ, sizes, lowest, highest)
-    expected = naive.enclosing_labels(labels, components, first, is_organ)
-    for got, wanted in zip((sizes, lowest, highest), expected, strict=True):
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 10, 16, 17, 18, 31])
+def test_a_run_stops_wherever_the_label_changes(dtype: type, n: int) -> None:
+    # Row r changes at column r; the other byte of a uint16 changes in every second row.
+    planes = np.zeros((1, n, n), dtype)
+    for r in range(n):
+        planes[0, r, r:] = 256 if dtype is np.uint16 and r % 2 else 1
+    for got, wanted in zip(encoded(planes)[:3], naive.encode_runs(planes), strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("groups", [ORGANS, VOIDS])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 1, 9), (9, 10, 1)])
+@pytest.mark.parametrize("make", [blobs, lambda shape, n, seed: sponge(shape, seed)])
+def test_pieces_equal_their_twins(
+    groups: NDArray[np.int32], shape: tuple[int, ...], make: Callable[..., NDArray[np.uint8]]
+) -> None:
+    planes = make(shape, 6, 5)
+    runs = encoded(planes)
+    stops, _, rows, n_rows = runs
+    pieces, n = joined(runs, groups)
+    np.testing.assert_array_equal(pieces, naive.join_runs(planes, groups, groups is ORGANS))
+    assert n == pieces.max(initial=-1) + 1
+    voxels = naive.decoded(stops, rows, pieces, shape)
+    for first in (0, 1):
+        sizes = np.zeros(n, np.int64)
+        piece_sizes(stops, rows, n_rows, first, pieces, sizes)
+        np.testing.assert_array_equal(sizes, naive.piece_sizes(voxels, first, n))
+        votes = np.zeros((n, 2), np.int64)
+        columns = np.array([1, 0, -1, 1, -1, 0], np.int32)
+        surrounding_labels(*runs, first, pieces, columns, votes)
+        expected = naive.surrounding_labels(planes, voxels, first, columns, (n, 2))
+        np.testing.assert_array_equal(votes, expected)
+    for order in ((0, 100, 10, 1), (50, -1, 70, -8)):
+        owners, earliest = np.zeros(n, np.uint16), np.full(n, 10**6)
+        piece_origins(*runs, pieces, order, owners, earliest)
+        expected = naive.piece_origins(planes, voxels, order, n)
+        np.testing.assert_array_equal([owners, earliest], expected)
+    for ends in ((True, True), (True, False), (False, True), (False, False)):
+        lowest, highest = np.full(n, 65_535, np.uint16), np.zeros(n, np.uint16)
+        enclosing_labels(*runs, pieces, ends, lowest, highest)
+        expected = naive.enclosing_labels(planes, voxels, ends, n)
+        np.testing.assert_array_equal([lowest, highest], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_rewritten_runs_equal_their_twin(
+    dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], first: int
+) -> None:
+    planes = layout(blobs((4, 9, 17), 6, seed=6).astype(dtype))
+    runs = encoded(planes)
+    pieces, n = joined(runs, ORGANS)
+    becomes = np.random.default_rng(7).integers(-1, 3, n, dtype=np.int32)
+    voxels = naive.decoded(runs[0], runs[2], pieces, planes.shape)
+    expected = naive.rewrite_runs(planes, voxels, first, becomes)
+    rewrite_runs(runs[0], runs[2], first, pieces, becomes, planes)
+    np.testing.assert_array_equal(planes, expected)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=14))
-def test_joined_components_equal_their_twin(pairs: list[tuple[int, int]]) -> None:
+def test_joined_pieces_equal_their_twin(pairs: list[tuple[int, int]]) -> None:
     parents = np.arange(12, dtype=np.int32)
-    join_components(np.array(pairs, np.int32).reshape(-1, 2), parents)
-    np.testing.assert_array_equal(parents, naive.join_components(pairs, 12))
+    join_pieces(np.array(pairs, np.int32).reshape(-1, 2), parents)
+    np.testing.assert_array_equal(parents, naive.join_pieces(pairs, 12))
 
 
 # --- cleaning -------------------------------------------------------------------------------------
@@ -197,15 +240,15 @@ def test_joined_components_equal_their_twin(pairs: list[tuple[int, int]]) -> Non
 @pytest.mark.parametrize("keep", ["largest", "dust", "none"])
 @pytest.mark.parametrize("fill_holes", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 9, 17), (13, 12, 11)])
-@pytest.mark.parametrize("slab_voxels", [1, 300, 10**6])
+@pytest.mark.parametrize("slab_runs", [1, 300, 10**6])
 def test_cleaning_equals_its_twin_however_the_map_is_cut_into_slabs(
     keep: Any,
     fill_holes: bool,
     shape: tuple[int, ...],
-    slab_voxels: int,
+    slab_runs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(segmentation, "_SLAB_VOXELS", slab_voxels)
+    monkeypatch.setattr(segmentation, "_SLAB_RUNS", slab_runs)
     for labels in (blobs(shape, 6, 0), np.maximum(blobs(shape, 6, 1), blobs(shape, 4, 2))):
         expected = naive.clean(labels, TABLE, keep, 5, fill_holes)
         record = clean(labels, TABLE, Cleaning(keep, 5 * 0.027, fill_holes), 0.027)
@@ -214,11 +257,11 @@ def test_cleaning_equals_its_twin_however_the_map_is_cut_into_slabs(
 
 
 @pytest.mark.parametrize("keep", ["largest", "dust", "none"])
-@pytest.mark.parametrize("slab_voxels", [1, 300, 10**6])
+@pytest.mark.parametrize("slab_runs", [1, 300, 10**6])
 def test_filling_equals_its_twin_however_the_map_is_cut_into_slabs(
-    keep: Any, slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+    keep: Any, slab_runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmentation, "_SLAB_VOXELS", slab_voxels)
+    monkeypatch.setattr(segmentation, "_SLAB_RUNS", slab_runs)
     for seed in range(3):
         labels = np.full((14, 13, 16), INSIDE, np.uint8)
         labels[1:-2, 2:-1, 1:-1] = sponge((11, 10, 14), seed)
@@ -239,6 +282,38 @@ def test_cleaning_writes_in_place_in_any_memory_order(
     labels = layout(blobs((9, 14, 13), 6, seed=7).astype(dtype))
     expected = naive.clean(np.ascontiguousarray(labels), TABLE, "largest", 0, True)
     clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(labels, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 8), st.integers(1, 12)),
+    share=st.sampled_from([0.02, 0.2, 0.6]),
+    seed=st.integers(0, 10**6),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([np.uint8, np.uint16]),
+    slab_runs=st.sampled_from([1, 40, 10**6]),
+    keep=st.sampled_from(["largest", "dust"]),
+)
+def test_cleaning_equals_its_twin_whatever_the_map(
+    shape: tuple[int, ...],
+    share: float,
+    seed: int,
+    layout: Callable[[NDArray[Any]], NDArray[Any]],
+    dtype: type,
+    slab_runs: int,
+    keep: Any,
+) -> None:
+    # Few organs among much else have many components of equal size, much organ has many voids.
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, LIVER, shape).astype(dtype)
+    labels[rng.random(shape) < share] = LIVER
+    labels[rng.random(shape) < share / 4] = SPLEEN
+    expected = naive.clean(labels, TABLE, keep, 3, True)
+    labels = layout(labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "_SLAB_RUNS", slab_runs)
+        clean(labels, TABLE, Cleaning(keep, 3 * 0.027), 0.027)
     np.testing.assert_array_equal(labels, expected)
 
 
@@ -293,8 +368,11 @@ def test_components_that_touch_by_a_corner_are_one() -> None:
     np.testing.assert_array_equal(np.argwhere(labels == LIVER), [[0, 0, 0], [1, 1, 1]])
 
 
-def test_of_equal_components_the_first_in_working_order_stays() -> None:
-    labels = np.zeros((3, 5, 5), np.uint8)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_equal_components_the_first_in_working_order_stays(
+    layout: Callable[[NDArray[Any]], NDArray[Any]],
+) -> None:
+    labels = layout(np.zeros((3, 5, 5), np.uint8))
     labels[0, 4, 4] = labels[2, 0, 0] = labels[0, 0, 3] = LIVER
     clean(labels, TABLE, Cleaning(), 0.001)
     np.testing.assert_array_equal(np.argwhere(labels == LIVER), [[0, 0, 3]])

@@ -1,0 +1,226 @@
+/* Runs of equal labels along the rows of a label map: what runs.pyx and label_statistics.pyx share.
+
+   A row of voxels  0 0 0 4 4 0 0 0  has runs that stop at  3 5 8  with labels  0 4 0;  a run starts
+   where the one before it stops. Rows are numbered plane by plane; all have the same length, so
+   that two rows are walked side by side until both stop. */
+#ifndef ORGANFAST_RUNS_H
+#define ORGANFAST_RUNS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "clones.h"
+
+#define RUNS_INLINE static inline __attribute__((always_inline))
+
+/* Where the run that covers voxel c of a row of n stops. step: bytes from voxel to voxel. Eight
+   bytes at a time are compared with the eight that lie one voxel further on. */
+#define RUNS_STOP(NAME, LABEL)                                                                     \
+    RUNS_INLINE ptrdiff_t NAME(const char *row, ptrdiff_t step, ptrdiff_t c, ptrdiff_t n)          \
+    {                                                                                              \
+        const ptrdiff_t size = sizeof(LABEL), many = 8 / size;                                     \
+        if (step == size) {                                                                        \
+            for (; c + many < n; c += many) {                                                      \
+                uint64_t here, next;                                                               \
+                memcpy(&here, row + c * size, 8);                                                  \
+                memcpy(&next, row + (c + 1) * size, 8);                                            \
+                if (here != next) break;                                                           \
+            }                                                                                      \
+        }                                                                                          \
+        const LABEL label = *(const LABEL *)(row + c * step);                                      \
+        do c++;                                                                                    \
+        while (c < n && *(const LABEL *)(row + c * step) == label);                                \
+        return c;                                                                                  \
+    }
+RUNS_STOP(runs_stop_8, uint8_t)
+RUNS_STOP(runs_stop_16, uint16_t)
+
+RUNS_INLINE ptrdiff_t runs_stop(const char *row, ptrdiff_t step, ptrdiff_t size, ptrdiff_t c,
+                                ptrdiff_t n)
+{
+    return size == 1 ? runs_stop_8(row, step, c, n) : runs_stop_16(row, step, c, n);
+}
+
+RUNS_INLINE ptrdiff_t runs_label(const char *row, ptrdiff_t step, ptrdiff_t size, ptrdiff_t c)
+{
+    return size == 1 ? *(const uint8_t *)(row + c * step) : *(const uint16_t *)(row + c * step);
+}
+
+/* Sum of n values; 65,536 of them do not overflow 32 bits. */
+CLONES
+static int64_t runs_sum(const uint8_t *values, ptrdiff_t n)
+{
+    int64_t total = 0;
+    for (ptrdiff_t start = 0; start < n; start += 65536) {
+        const ptrdiff_t stop = n < start + 65536 ? n : start + 65536;
+        uint32_t part = 0;
+        for (ptrdiff_t c = start; c < stop; c++) part += values[c];
+        total += part;
+    }
+    return total;
+}
+
+typedef struct {
+    const int32_t *stops;    /* (n_runs) */
+    const uint16_t *labels;  /* (n_runs) */
+    const int32_t *rows;     /* (n_planes * n_rows + 1) first run of each row */
+    ptrdiff_t n_planes, n_rows;
+} runs_map;
+
+/* --- one piece of what touches ---------------------------------------------------------------- */
+
+RUNS_INLINE int32_t runs_root(int32_t *parents, int32_t run)
+{
+    while (parents[run] != run) {
+        parents[run] = parents[parents[run]];
+        run = parents[run];
+    }
+    return run;
+}
+
+RUNS_INLINE void runs_join(const runs_map *map, const int32_t *groups, int32_t *parents, int32_t one,
+                           int32_t other)
+{
+    const int32_t group = groups[map->labels[one]];
+    if (group < 0 || group != groups[map->labels[other]]) return;
+    one = runs_root(parents, one);
+    other = runs_root(parents, other);
+    if (one < other)
+        parents[other] = one;
+    else
+        parents[one] = other;
+}
+
+/* Two rows: runs that share a column; with corners also those of which one stops where the other
+   starts. */
+RUNS_INLINE void runs_join_rows(const runs_map *map, const int32_t *groups, int32_t *parents,
+                                ptrdiff_t row, ptrdiff_t other, int corners)
+{
+    int32_t a = map->rows[row], b = map->rows[other];
+    const int32_t end = map->rows[row + 1];
+    for (;;) {
+        runs_join(map, groups, parents, a, b);
+        const int32_t stop_a = map->stops[a], stop_b = map->stops[b];
+        a += stop_a <= stop_b;
+        b += stop_b <= stop_a;
+        if (a == end) return;
+        if (corners && stop_a == stop_b) {
+            runs_join(map, groups, parents, a - 1, b);
+            runs_join(map, groups, parents, a, b - 1);
+        }
+    }
+}
+
+/* pieces (n_runs): the piece of each run, numbered by their first runs; -1 where its label has no
+   group. Returns the number of pieces. The lowest run of a tree is its root, so that one
+   ascending sweep numbers them. */
+RUNS_INLINE int32_t runs_pieces_of(const runs_map *map, const int32_t *groups, int32_t *pieces,
+                                   int corners)
+{
+    const ptrdiff_t n_rows = map->n_rows, n = map->n_planes * n_rows;
+    for (int32_t run = 0; run < map->rows[n]; run++) pieces[run] = run;
+    for (ptrdiff_t row = 0; row < n; row++) {
+        const ptrdiff_t plane = row / n_rows, i = row % n_rows;
+        for (int32_t run = map->rows[row] + 1; run < map->rows[row + 1]; run++)
+            runs_join(map, groups, pieces, run, run - 1);
+        if (i > 0) runs_join_rows(map, groups, pieces, row, row - 1, corners);
+        if (plane == 0) continue;
+        runs_join_rows(map, groups, pieces, row, row - n_rows, corners);
+        if (!corners) continue;
+        if (i > 0) runs_join_rows(map, groups, pieces, row, row - n_rows - 1, 1);
+        if (i + 1 < n_rows) runs_join_rows(map, groups, pieces, row, row - n_rows + 1, 1);
+    }
+    int32_t n_pieces = 0;
+    for (int32_t run = 0; run < map->rows[n]; run++) {
+        if (groups[map->labels[run]] < 0)
+            pieces[run] = -1;
+        else
+            pieces[run] = pieces[run] == run ? n_pieces++ : pieces[pieces[run]];
+    }
+    return n_pieces;
+}
+
+static int32_t runs_pieces(const runs_map *map, const int32_t *groups, int32_t *pieces, int corners)
+{
+    return corners ? runs_pieces_of(map, groups, pieces, 1) : runs_pieces_of(map, groups, pieces, 0);
+}
+
+/* --- what touches what ------------------------------------------------------------------------ */
+
+typedef void runs_visitor(void *state, const runs_map *map, int32_t one, int32_t other,
+                          int64_t n_faces);
+
+RUNS_INLINE void runs_row_faces(const runs_map *map, ptrdiff_t row, ptrdiff_t other,
+                                runs_visitor *visit, void *state)
+{
+    int32_t a = map->rows[row], b = map->rows[other], from = 0;
+    const int32_t end = map->rows[row + 1];
+    while (a < end) {
+        const int32_t stop_a = map->stops[a], stop_b = map->stops[b];
+        const int32_t stop = stop_a < stop_b ? stop_a : stop_b;
+        visit(state, map, a, b, stop - from);
+        from = stop;
+        a += stop_a == stop;
+        b += stop_b == stop;
+    }
+}
+
+/* Every pair of touching runs of the planes from ``first`` on, and of the plane before them. */
+RUNS_INLINE void runs_faces(const runs_map *map, ptrdiff_t first, runs_visitor *visit, void *state)
+{
+    const ptrdiff_t n_rows = map->n_rows;
+    for (ptrdiff_t row = first * n_rows; row < map->n_planes * n_rows; row++) {
+        for (int32_t run = map->rows[row] + 1; run < map->rows[row + 1]; run++)
+            visit(state, map, run, run - 1, 1);
+        if (row % n_rows) runs_row_faces(map, row, row - 1, visit, state);
+        if (row >= n_rows) runs_row_faces(map, row, row - n_rows, visit, state);
+    }
+}
+
+typedef struct {
+    const int32_t *pieces, *column_of_label;
+    int64_t *votes;
+    ptrdiff_t n_columns;
+} runs_votes;
+
+RUNS_INLINE void runs_vote(void *state, const runs_map *map, int32_t one, int32_t other,
+                           int64_t n_faces)
+{
+    const runs_votes *s = state;
+    const int32_t p = s->pieces[one], q = s->pieces[other];
+    if ((p < 0) == (q < 0)) return;
+    const int32_t piece = p < 0 ? q : p;
+    const int32_t column = s->column_of_label[map->labels[p < 0 ? one : other]];
+    if (column >= 0) s->votes[piece * s->n_columns + column] += n_faces;
+}
+
+static void runs_count_votes(const runs_map *map, ptrdiff_t first, runs_votes *state)
+{
+    runs_faces(map, first, runs_vote, state);
+}
+
+typedef struct {
+    const int32_t *pieces;
+    uint16_t *lowest, *highest;
+} runs_enclosure;
+
+RUNS_INLINE void runs_enclose(void *state, const runs_map *map, int32_t one, int32_t other,
+                              int64_t n_faces)
+{
+    (void)n_faces;
+    const runs_enclosure *s = state;
+    const int32_t p = s->pieces[one], q = s->pieces[other];
+    if ((p < 0) == (q < 0)) return;
+    const int32_t piece = p < 0 ? q : p;
+    const uint16_t label = map->labels[p < 0 ? one : other];
+    if (label < s->lowest[piece]) s->lowest[piece] = label;
+    if (label > s->highest[piece]) s->highest[piece] = label;
+}
+
+static void runs_find_enclosing(const runs_map *map, runs_enclosure *state)
+{
+    runs_faces(map, 0, runs_enclose, state);
+}
+
+#endif
