@@ -8,6 +8,7 @@ convolutions, into the caller's buffer.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -244,6 +245,11 @@ class Context:
         offsets.flags.writeable = False
         return offsets
 
+    @property
+    def _crc32(self) -> int:
+        """Of the offsets, which a model file leaves out: they follow from the rest."""
+        return zlib.crc32(self.offsets.astype("<i4").tobytes())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""
         return {
@@ -253,6 +259,7 @@ class Context:
             "reach_mm": list(self.reach_mm),
             "seed": self.seed,
             "spacing_mm": list(self.spacing_mm),
+            "offsets_crc32": self._crc32,
         }
 
     @staticmethod
@@ -270,9 +277,12 @@ class Context:
             The content, which may come from a tampered file, describes no context.
         """
         fields = ("n", "widths", "reach_mm", "seed", "spacing_mm")
-        if not isinstance(content, Mapping) or set(content) != {"kind", *fields}:
-            raise ValueError(f"a context is described by kind, {', '.join(fields)}")
-        return Context(*(content[name] for name in fields))
+        if not isinstance(content, Mapping) or set(content) != {"kind", "offsets_crc32", *fields}:
+            raise ValueError(f"a context is described by kind, {', '.join(fields)}, offsets_crc32")
+        context = Context(*(content[name] for name in fields))
+        if content["offsets_crc32"] != context._crc32:
+            raise ValueError("this version draws a context's offsets otherwise; train again")
+        return context
 
 
 def _widths(name: str, given: Any) -> tuple[int, ...]:

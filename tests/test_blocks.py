@@ -124,6 +124,8 @@ CONTEXT = Context().to_dict()
         {**CONTEXT, "spacing_mm": [0.0, 1.0, 1.0]},
         {**CONTEXT, "spacing_mm": [1.0, 1.0]},
         {**CONTEXT, "seed": -1},
+        {**CONTEXT, "seed": 1},  # other offsets than the checksum's
+        {**CONTEXT, "offsets_crc32": None},
         {"kind": "block", "size": 33},
         {"kind": "block", "size": 33, "levels": [1], "slices": 1, "more": 1},
         {"kind": "block", "size": "33", "levels": [1], "slices": 1},
