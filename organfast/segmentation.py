@@ -264,6 +264,16 @@ class _Part:
             total += n_runs
         return [*slabs, slice(start, len(self.n_runs))]
 
+    @cached_property
+    def room(self) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.int32], NDArray[Any]]:
+        """For stops, labels, rows and pieces of one slab after the other."""
+        searched = [slice(max(0, slab.start - 1), slab.stop) for slab in self.slabs]
+        n_runs = max(int(self.n_runs[planes].sum()) for planes in searched)
+        n_planes = max(planes.stop - planes.start for planes in searched)
+        rows = np.empty(n_planes * self.labels.shape[1] + 1, np.int32)
+        stops, pieces = np.empty((2, n_runs), np.int32)
+        return stops, np.empty(n_runs, np.uint16), rows, pieces
+
 
 @dataclass(frozen=True, eq=False)
 class _Search:
@@ -277,7 +287,8 @@ class _Search:
 class _Runs:
     """The runs of a slab and of the plane before it, as in ``kernels/runs.pyx``, and their pieces.
 
-    A slab's pieces are numbered by their first voxels along memory.
+    A slab's pieces are numbered by their first voxels along memory. Searching the next slab
+    overwrites these arrays.
     """
 
     stops: NDArray[np.int32]
@@ -424,8 +435,9 @@ def _find_pieces(
             *found, runs.pieces, ((slab.start - runs.first) * order[0], *order), owner, place
         )
         surrounding_labels(*found, runs.first, runs.pieces, column_of_label, votes)
-        ends = np.unique(np.concatenate([runs.of_first_plane, runs.of_last_plane]))
-        ends = ends[ends >= 0]
+        is_open = np.zeros(n + 1, bool)  # and one for -1
+        is_open[runs.of_first_plane] = is_open[runs.of_last_plane] = True
+        ends = np.flatnonzero(is_open[:n])
         open_pieces.append(ends + n_before)
         open_votes.append(votes[ends])
         n_of_slab.append(n)
@@ -496,11 +508,9 @@ def _search_slab(part: _Part, search: _Search, slab: slice) -> _Runs:
     own = slice(slab.start - first, slab.stop)
     planes = part.labels[own]
     n_rows = planes.shape[1]
-    most = int(part.n_runs[own].sum())
-    stops, labels = np.empty(most, np.int32), np.empty(most, np.uint16)
-    rows = np.empty(len(planes) * n_rows + 1, np.int32)
-    n_runs = encode_runs(planes, stops, labels, rows)
-    pieces = np.empty(n_runs, np.int32)
+    stops, labels, rows, pieces = part.room
+    rows = rows[: len(planes) * n_rows + 1]
+    pieces = pieces[: encode_runs(planes, stops, labels, rows)]
     n_pieces = join_runs(stops, labels, rows, n_rows, search.groups, search.corners, pieces)
     return _Runs(stops, labels, rows, n_rows, first, pieces, n_pieces)
 

@@ -14,6 +14,10 @@ cdef extern from "runs.h" nogil:
     int64_t runs_sum(const uint8_t *, ptrdiff_t)
 
 
+cdef enum:
+    MANY = 16  # voxels; fewer are summed before wide vectors are set up
+
+
 def label_statistics(
     const label_t[:, :, :] labels,
     const uint8_t[:, :, :] confidence,
@@ -65,7 +69,7 @@ def label_statistics(
                     boxes[label, 1, 1] = max(boxes[label, 1, 1], b + 1)
                     boxes[label, 2, 0] = min(boxes[label, 2, 0], start)
                     boxes[label, 2, 1] = max(boxes[label, 2, 1], c)
-                    if packed:
+                    if packed and length >= MANY:
                         confidence_sums[label] += runs_sum(&confidence[a, b, start], length)
                     elif confident:
                         total = 0

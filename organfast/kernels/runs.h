@@ -14,6 +14,19 @@
 
 #define RUNS_INLINE static inline __attribute__((always_inline))
 
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define RUNS_FIRST_BIT __builtin_ctzll
+#else
+#define RUNS_FIRST_BIT __builtin_clzll
+#endif
+
+RUNS_INLINE uint64_t runs_word(const char *at)
+{
+    uint64_t word;
+    memcpy(&word, at, 8);
+    return word;
+}
+
 /* Where the run that covers voxel c of a row of n stops. step: bytes from voxel to voxel. Eight
    bytes at a time are compared with the eight that lie one voxel further on. */
 #define RUNS_STOP(NAME, LABEL)                                                                     \
@@ -22,10 +35,9 @@
         const ptrdiff_t size = sizeof(LABEL), many = 8 / size;                                     \
         if (step == size) {                                                                        \
             for (; c + many < n; c += many) {                                                      \
-                uint64_t here, next;                                                               \
-                memcpy(&here, row + c * size, 8);                                                  \
-                memcpy(&next, row + (c + 1) * size, 8);                                            \
-                if (here != next) break;                                                           \
+                const char *at = row + c * size;                                                   \
+                const uint64_t change = runs_word(at) ^ runs_word(at + size);                      \
+                if (change) return c + 1 + RUNS_FIRST_BIT(change) / (8 * size);                    \
             }                                                                                      \
         }                                                                                          \
         const LABEL label = *(const LABEL *)(row + c * step);                                      \
@@ -40,11 +52,6 @@ RUNS_INLINE ptrdiff_t runs_stop(const char *row, ptrdiff_t step, ptrdiff_t size,
                                 ptrdiff_t n)
 {
     return size == 1 ? runs_stop_8(row, step, c, n) : runs_stop_16(row, step, c, n);
-}
-
-RUNS_INLINE ptrdiff_t runs_label(const char *row, ptrdiff_t step, ptrdiff_t size, ptrdiff_t c)
-{
-    return size == 1 ? *(const uint8_t *)(row + c * step) : *(const uint16_t *)(row + c * step);
 }
 
 /* Sum of n values; 65,536 of them do not overflow 32 bits. */
@@ -83,7 +90,8 @@ RUNS_INLINE void runs_join(const runs_map *map, const int32_t *groups, int32_t *
                            int32_t other)
 {
     const int32_t group = groups[map->labels[one]];
-    if (group < 0 || group != groups[map->labels[other]]) return;
+    /* One branch, that noise does not mislead. */
+    if ((group < 0) | (group != groups[map->labels[other]])) return;
     one = runs_root(parents, one);
     other = runs_root(parents, other);
     if (one < other)
