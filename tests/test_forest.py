@@ -307,6 +307,18 @@ def test_positions_near_and_far_from_each_other(path: str) -> None:
         np.testing.assert_array_equal(labelled(forest, slab, positions)[0], found.argmax(axis=1))
 
 
+@pytest.mark.parametrize("share", [0.4, 0.97, 0.999, 1.0])
+def test_rows_with_gaps(share: float, path: str) -> None:
+    """Blocks of neighbours that are full, in part, or nearly empty, and more than a chunk holds."""
+    pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), hu((1, 1, 70, 210), 4)
+    inside = np.argwhere(np.random.default_rng(5).random((62, 202)) < share) + 4
+    positions = np.insert(inside, 0, 0, axis=1).astype(np.int32)
+    found = asked(forest, slab, positions)
+    np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
+    np.testing.assert_array_equal(labelled(forest, slab, positions)[0], found.argmax(axis=1))
+
+
 def test_rows_that_share_their_memory(path: str, staging: str) -> None:
     """As the windows of levels do: what is beyond one row's end is the next one's beginning."""
     pattern, model = PATTERNS["block 3-D"], estimator("block 3-D")

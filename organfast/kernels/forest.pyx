@@ -22,15 +22,16 @@ cdef extern from "forest.h" nogil:
         const ptrdiff_t *offsets
         ptrdiff_t n_classes
 
-    ctypedef void *forest_split
+    ctypedef struct forest_path:
+        pass
 
     ctypedef struct forest_walk:
         ptrdiff_t *places
-        forest_split *split
+        forest_path path
         int32_t n
 
     int forest_has_path(int)
-    forest_split *forest_split_at(int)
+    forest_path forest_path_at(int)
     void forest_fill_lane_order()
     void forest_stage(forest_walk *, const char *, const ptrdiff_t *, ptrdiff_t, int16_t *,
                       ptrdiff_t, int32_t)
@@ -116,7 +117,7 @@ def walk_forest(
     cdef forest_walk *walk = <forest_walk *>&scratch[0]
     trees.nodes, trees.starts, trees.n_classes = &nodes[0], &tree_starts[0], n_classes
     trees.leaf_table = &leaf_table[0, 0] if leaf_table.shape[0] else NULL
-    walk.split = forest_split_at(path)
+    walk.path = forest_path_at(path)
     with nogil:
         while first < n:
             n_here = next_chunk(walk, &trees, slab, reads, positions, first, sums.shape[0],
@@ -146,7 +147,8 @@ def label_forest(
 ):
     """``out[p]`` = argmax of what ``walk_forest`` gives position p; how many trees were walked.
 
-    From half the trees on, every ``n_between`` trees positions whose label is certain leave.
+    From half the trees on, every ``n_between`` trees, positions whose label is certain leave their
+    chunk if they are a third of it.
     """
     cdef ptrdiff_t n = positions.shape[0], n_trees = tree_starts.shape[0] - 1
     cdef ptrdiff_t first = 0, n_here, done, last, n_walks = 0
@@ -155,7 +157,7 @@ def label_forest(
     cdef forest_walk *walk = <forest_walk *>&scratch[0]
     trees.nodes, trees.starts, trees.n_classes = &nodes[0], &tree_starts[0], sums.shape[1]
     trees.leaf_table = &leaf_table[0, 0] if leaf_table.shape[0] else NULL
-    walk.split = forest_split_at(path)
+    walk.path = forest_path_at(path)
     with nogil:
         while first < n:
             n_here = next_chunk(walk, &trees, slab, reads, positions, first, sums.shape[0],

@@ -1,5 +1,7 @@
-/* Parting the positions of a set at a node, the innermost loop of forest.h, in three versions with
-   the same result but for the order within each part.
+/* The innermost loops of forest.h, in versions for three kinds of processor with the same result but
+   for the order within a set.
+
+   forest_split parts a list of positions at a node.
 
         from    a b c d e f g h        positions that stand at the node
         voxels  3 9 1 4 7 0 8 2        what each reads; threshold 4
@@ -11,7 +13,11 @@
    microcode mends gather data sampling. A gather of int16 also reads 2 bytes too many; plain loads
    stay within the slab. Packing is what vectors are for: without it a position costs twice as much.
 
-   Functions carry their own target, so that wheels need no wide vectors; forest_split_at(path) is
+   forest_mark parts a set that is kept as marks, one bit a position, in blocks of up to 64 that lie
+   side by side in memory: 32 voxels are compared at once, and none is copied. It takes all blocks,
+   marked or not, and so pays for large sets. forest_list makes a list of what is marked.
+
+   Functions carry their own target, so that wheels need no wide vectors; forest_path_at(path) is
    asked for only after forest_has_path(path). */
 #ifndef ORGANFAST_FOREST_SPLIT_H
 #define ORGANFAST_FOREST_SPLIT_H
@@ -41,6 +47,23 @@ static inline int16_t forest_voxel(const char *at)
    returned. `voxels` is scratch for n + FOREST_PAD. */
 typedef ptrdiff_t forest_split(const forest_item *from, forest_item *to, ptrdiff_t n,
                                const char *base, int16_t threshold, int16_t *voxels);
+
+/* Part n_blocks blocks: block b reads from base + places[b], as many voxels as the lowest bits of
+   live[b] say. Of `marks` those that go right move to `right`; how many, is returned. */
+typedef ptrdiff_t forest_mark(const char *base, const ptrdiff_t *places, const uint64_t *live,
+                              ptrdiff_t n_blocks, int16_t threshold, uint64_t *marks,
+                              uint64_t *right);
+
+/* Write the items that are marked, of 64 per block; up to FOREST_PAD more are written over. */
+typedef void forest_list(const forest_item *items, const uint64_t *marks, ptrdiff_t n_blocks,
+                         forest_item *to);
+
+/* Without `mark` there are lists only. */
+typedef struct {
+    forest_split *split;
+    forest_mark *mark;
+    forest_list *list;
+} forest_path;
 
 /* Each item is written at both ends; the end that does not count is written over. */
 static ptrdiff_t forest_split_scalar(const forest_item *restrict from, forest_item *restrict to,
@@ -165,6 +188,86 @@ FOREST_V4 static ptrdiff_t forest_split_v4(const forest_item *restrict from,
     return front;
 }
 
+FOREST_V3 static inline uint64_t forest_above_v3(const char *at, __m256i limit)
+{
+    const __m256i *voxels = (const __m256i *)at;
+    uint64_t above = 0;
+    for (int half = 0; half < 2; half++) {
+        __m256i a = _mm256_cmpgt_epi16(_mm256_loadu_si256(voxels + 2 * half), limit);
+        __m256i b = _mm256_cmpgt_epi16(_mm256_loadu_si256(voxels + 2 * half + 1), limit);
+        __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8); /* a, then b */
+        above |= (uint64_t)(uint32_t)_mm256_movemask_epi8(bytes) << 32 * half;
+    }
+    return above;
+}
+
+FOREST_V3 static ptrdiff_t forest_mark_v3(const char *base, const ptrdiff_t *places,
+                                          const uint64_t *live, ptrdiff_t n_blocks,
+                                          int16_t threshold, uint64_t *marks, uint64_t *right)
+{
+    const __m256i limit = _mm256_set1_epi16(threshold);
+    int16_t part[64] = {0};
+    ptrdiff_t n_right = 0;
+    for (ptrdiff_t b = 0; b < n_blocks; b++) {
+        const char *at = base + places[b];
+        if (~live[b]) { /* nothing beyond a block is read */
+            memcpy(part, at, sizeof *part * (size_t)__builtin_popcountll(live[b]));
+            at = (const char *)part;
+        }
+        uint64_t above = forest_above_v3(at, limit);
+        right[b] = marks[b] & above;
+        marks[b] &= ~above;
+        n_right += __builtin_popcountll(right[b]);
+    }
+    return n_right;
+}
+
+FOREST_V3 static void forest_list_v3(const forest_item *items, const uint64_t *marks,
+                                     ptrdiff_t n_blocks, forest_item *to)
+{
+    for (ptrdiff_t b = 0; b < n_blocks; b++, items += 64) {
+        if (!marks[b]) continue;
+        for (int i = 0; i < 64; i += 8) {
+            unsigned marked = marks[b] >> i & 255;
+            _mm256_storeu_si256((__m256i *)to, forest_reorder(items + i, ~marked & 255));
+            to += __builtin_popcount(marked);
+        }
+    }
+}
+
+FOREST_V4 static ptrdiff_t forest_mark_v4(const char *base, const ptrdiff_t *places,
+                                          const uint64_t *live, ptrdiff_t n_blocks,
+                                          int16_t threshold, uint64_t *marks, uint64_t *right)
+{
+    const __m512i limit = _mm512_set1_epi16(threshold);
+    ptrdiff_t n_right = 0;
+    for (ptrdiff_t b = 0; b < n_blocks; b++) {
+        const char *at = base + places[b]; /* lanes that are masked out are not read */
+        __m512i low = _mm512_maskz_loadu_epi16((__mmask32)live[b], at);
+        __m512i high = _mm512_maskz_loadu_epi16((__mmask32)(live[b] >> 32), at + 64);
+        uint64_t above = _mm512_cmpgt_epi16_mask(low, limit);
+        above |= (uint64_t)_mm512_cmpgt_epi16_mask(high, limit) << 32;
+        right[b] = marks[b] & above;
+        marks[b] &= ~above;
+        n_right += __builtin_popcountll(right[b]);
+    }
+    return n_right;
+}
+
+FOREST_V4 static void forest_list_v4(const forest_item *items, const uint64_t *marks,
+                                     ptrdiff_t n_blocks, forest_item *to)
+{
+    for (ptrdiff_t b = 0; b < n_blocks; b++, items += 64) {
+        if (!marks[b]) continue;
+        for (int i = 0; i < 64; i += 16) {
+            __mmask16 marked = (__mmask16)(marks[b] >> i);
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(marked,
+                                                                _mm512_loadu_si512(items + i)));
+            to += __builtin_popcount(marked);
+        }
+    }
+}
+
 static int forest_has_path(int path)
 {
     __builtin_cpu_init();
@@ -175,9 +278,12 @@ static int forest_has_path(int path)
     return path == 0 || (path == 1 && v3) || (path == 2 && v4);
 }
 
-static forest_split *forest_split_at(int path)
+static forest_path forest_path_at(int path)
 {
-    return path == 2 ? forest_split_v4 : path == 1 ? forest_split_v3 : forest_split_scalar;
+    forest_path v4 = {forest_split_v4, forest_mark_v4, forest_list_v4};
+    forest_path v3 = {forest_split_v3, forest_mark_v3, forest_list_v3};
+    forest_path scalar = {forest_split_scalar, NULL, NULL};
+    return path == 2 ? v4 : path == 1 ? v3 : scalar;
 }
 
 #else
@@ -186,10 +292,11 @@ static void forest_fill_lane_order(void) {}
 
 static int forest_has_path(int path) { return path == 0; }
 
-static forest_split *forest_split_at(int path)
+static forest_path forest_path_at(int path)
 {
+    forest_path scalar = {forest_split_scalar, NULL, NULL};
     (void)path;
-    return forest_split_scalar;
+    return scalar;
 }
 
 #endif
