@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.blocks import Block
 from organfast.errors import InputError
 from organfast.layouts import write_case
 from organfast.learning import Recipe, train
@@ -103,8 +102,7 @@ def run_demo(
 
     model = train(
         folder / "cohort",
-        Block(17, levels=(1, 3, 9)),
-        Recipe(
+        recipe=Recipe(
             n_per_class=_N_PER_CLASS,
             context_factor=5,
             forest=ForestSettings("extra_trees", n_trees=_N_TREES, seed=seed),
