@@ -218,7 +218,7 @@ def train(
         typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
     ] = None,
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
-    forest: Annotated[str, typer.Option(help="random_forest or extra_trees.")] = "random_forest",
+    forest: Annotated[str, typer.Option(help="extra_trees or random_forest.")] = "extra_trees",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     threads: Threads = 2,
     as_json: AsJson = False,

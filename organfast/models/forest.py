@@ -58,8 +58,9 @@ class ForestSettings:
 
     Parameters
     ----------
-    kind : {"random_forest", "extra_trees"}
-        Best thresholds on bootstrapped samples, or random thresholds on all samples.
+    kind : {"extra_trees", "random_forest"}
+        Random thresholds on all samples (Geurts et al. 2006), or best thresholds on bootstrapped
+        ones (Breiman 2001; the seed's), which take several times as long to train.
     n_trees : int
         Trees.
     max_depth : int or None
@@ -77,7 +78,7 @@ class ForestSettings:
         A setting is out of range.
     """
 
-    kind: str = "random_forest"
+    kind: str = "extra_trees"
     n_trees: int = 100
     max_depth: int | None = None
     min_samples_leaf: int = 1
