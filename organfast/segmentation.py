@@ -279,7 +279,8 @@ class _Part:
 class _Search:
     """Which pieces are found: those of organs, label by label, or the voids between organs."""
 
-    groups: NDArray[np.int32]  # (n_classes,) voxels of one group connect; -1 is not sought
+    taken_for: NDArray[np.uint16]  # (n_classes,) voids are of one label, whatever is in them
+    sought: NDArray[np.uint8]  # (n_classes,) 1 for labels that make up pieces
     corners: bool  # 26-connected, or 6-connected
 
 
@@ -349,9 +350,9 @@ def _remove_components(
 ) -> NDArray[np.int64]:
     """Remove components below ``smallest`` voxels; (n_classes, 2) components and voxels removed."""
     others = _not_organs(classes)
-    groups = np.arange(len(classes), dtype=np.int32)
-    groups[others] = -1
-    search = _Search(groups, corners=True)
+    sought = np.ones(len(classes), np.uint8)
+    sought[others] = 0
+    search = _Search(np.arange(len(classes), dtype=np.uint16), sought, corners=True)
     pieces, last = _find_pieces(part, search, others, order)
     most = np.zeros(len(classes), np.int64)
     np.maximum.at(most, pieces.owner, pieces.size)
@@ -377,9 +378,9 @@ def _fill_holes(hull: _Part, classes: ClassTable) -> NDArray[np.int64]:
 
     ``hull`` holds all organs of the map: a void at its border is open.
     """
-    groups = np.full(len(classes), -1, np.int32)
-    groups[_not_organs(classes)] = 0
-    search = _Search(groups, corners=False)
+    taken_for = np.arange(len(classes), dtype=np.uint16)
+    taken_for[_not_organs(classes)] = 0
+    search = _Search(taken_for, (taken_for == 0).astype(np.uint8), corners=False)
     n_of_slab, sizes, lows, highs = [], [], [], []
     pairs: list[NDArray[np.int32]] = []
     for slab, runs in _search_slabs(hull, search, pairs):
@@ -417,7 +418,7 @@ def _find_pieces(
     part: _Part, search: _Search, others: list[int], order: tuple[int, ...]
 ) -> tuple[_Pieces, _Runs]:
     """Components, which of ``others`` surrounds each most, and the runs of the last slab."""
-    column_of_label = np.full(len(search.groups), -1, np.int32)
+    column_of_label = np.full(len(search.sought), -1, np.int32)
     column_of_label[others] = np.arange(len(others))
     n_of_slab, sizes, owners, places, columns = [], [], [], [], []
     # Votes are kept of the pieces that reach a slab's end only: the others are whole components.
@@ -510,8 +511,8 @@ def _search_slab(part: _Part, search: _Search, slab: slice) -> _Runs:
     n_rows = planes.shape[1]
     stops, labels, rows, pieces = part.room
     rows = rows[: len(planes) * n_rows + 1]
-    pieces = pieces[: encode_runs(planes, stops, labels, rows)]
-    n_pieces = join_runs(stops, labels, rows, n_rows, search.groups, search.corners, pieces)
+    pieces = pieces[: encode_runs(planes, search.taken_for, stops, labels, rows)]
+    n_pieces = join_runs(stops, labels, rows, n_rows, search.sought, search.corners, pieces)
     return _Runs(stops, labels, rows, n_rows, first, pieces, n_pieces)
 
 

@@ -68,10 +68,10 @@ def label_statistics(labels, confidence, n_classes):
     return counts, sums, boxes, confidence_sums
 
 
-def encode_runs(planes):
+def encode_runs(planes, taken_for):
     """stops, labels and the first run of each row; last, the number of runs."""
     stops, labels, rows = [], [], [0]
-    for row in planes.reshape(-1, planes.shape[2]).tolist():
+    for row in taken_for[planes].reshape(-1, planes.shape[2]).tolist():
         stop = 0
         for label, run in groupby(row):
             stop += len(list(run))
@@ -90,19 +90,19 @@ def decoded(stops, rows, values, shape):
     return voxels.reshape(shape)
 
 
-def join_runs(planes, groups, corners):
-    """The piece of each run: components of each group's mask, numbered as runs meet them."""
+def join_runs(planes, sought, corners):
+    """The piece of each run: components of each label's mask, numbered as runs meet them."""
     from scipy import ndimage
 
     near = np.ones((3, 3, 3)) if corners else None
-    found = {g: ndimage.label(groups[planes] == g, near)[0] for g in groups if g >= 0}
+    found = {label: ndimage.label(planes == label, near)[0] for label in np.flatnonzero(sought)}
     seen, pieces = [], []
     for at in np.ndindex(planes.shape):
         k, i, j = at
         if j > 0 and planes[at] == planes[k, i, j - 1]:
             continue
-        group = groups[planes[at]]
-        piece = (group, found[group][at]) if group >= 0 else None
+        label = planes[at]
+        piece = (label, found[label][at]) if sought[label] else None
         if piece and piece not in seen:
             seen.append(piece)
         pieces.append(seen.index(piece) if piece else -1)

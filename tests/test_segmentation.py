@@ -136,21 +136,26 @@ def test_confidence_must_fit_the_labels(confidence: NDArray[Any]) -> None:
 
 # --- runs -----------------------------------------------------------------------------------------
 
-ORGANS = np.array([-1, -1, -1, 3, 4, 5], np.int32)
-VOIDS = np.array([0, 0, 0, -1, -1, -1], np.int32)
+ORGANS = np.array([0, 0, 0, 1, 1, 1], np.uint8)
+VOIDS = np.array([1, 0, 0, 0, 0, 0], np.uint8)
+# What labels are taken for when either is sought.
+THEMSELVES = np.arange(6, dtype=np.uint16)
+NOTHING = np.array([0, 0, 0, 3, 4, 5], np.uint16)
 
 
-def encoded(planes: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+def encoded(
+    planes: NDArray[Any], taken_for: NDArray[np.uint16]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
     """stops, labels, rows and the rows of a plane"""
     stops, labels = np.empty(planes.size, np.int32), np.empty(planes.size, np.uint16)
     rows = np.empty(planes.shape[0] * planes.shape[1] + 1, np.int32)
-    n = encode_runs(planes, stops, labels, rows)
+    n = encode_runs(planes, taken_for, stops, labels, rows)
     return stops[:n], labels[:n], rows, planes.shape[1]
 
 
-def joined(runs: tuple[Any, ...], groups: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+def joined(runs: tuple[Any, ...], sought: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
     pieces = np.empty(len(runs[0]), np.int32)
-    return pieces, join_runs(*runs, groups, groups is ORGANS, pieces)
+    return pieces, join_runs(*runs, sought, sought is ORGANS, pieces)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -161,8 +166,10 @@ def test_encoded_runs_equal_their_twin(
 ) -> None:
     planes = layout(blobs(shape, 6, seed=3).astype(dtype) * dtype(51))
     planes.flags.writeable = False
-    for got, wanted in zip(encoded(planes)[:3], naive.encode_runs(planes), strict=True):
-        np.testing.assert_array_equal(got, wanted)
+    for taken_for in (np.arange(256, dtype=np.uint16), np.arange(256, dtype=np.uint16) // 60 + 300):
+        expected = naive.encode_runs(planes, taken_for)
+        for got, wanted in zip(encoded(planes, taken_for)[:3], expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -172,21 +179,27 @@ def test_a_run_stops_wherever_the_label_changes(dtype: type, n: int) -> None:
     planes = np.zeros((1, n, n), dtype)
     for r in range(n):
         planes[0, r, r:] = 256 if dtype is np.uint16 and r % 2 else 1
-    for got, wanted in zip(encoded(planes)[:3], naive.encode_runs(planes), strict=True):
+    taken_for = np.arange(257, dtype=np.uint16)
+    expected = naive.encode_runs(planes, taken_for)
+    for got, wanted in zip(encoded(planes, taken_for)[:3], expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("groups", [ORGANS, VOIDS])
+@pytest.mark.parametrize(("sought", "taken_for"), [(ORGANS, THEMSELVES), (VOIDS, NOTHING)])
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 1, 9), (9, 10, 1)])
 @pytest.mark.parametrize("make", [blobs, lambda shape, n, seed: sponge(shape, seed)])
 def test_pieces_equal_their_twins(
-    groups: NDArray[np.int32], shape: tuple[int, ...], make: Callable[..., NDArray[np.uint8]]
+    sought: NDArray[np.uint8],
+    taken_for: NDArray[np.uint16],
+    shape: tuple[int, ...],
+    make: Callable[..., NDArray[np.uint8]],
 ) -> None:
     planes = make(shape, 6, 5)
-    runs = encoded(planes)
+    runs = encoded(planes, taken_for)
+    planes = taken_for[planes]
     stops, _, rows, n_rows = runs
-    pieces, n = joined(runs, groups)
-    np.testing.assert_array_equal(pieces, naive.join_runs(planes, groups, groups is ORGANS))
+    pieces, n = joined(runs, sought)
+    np.testing.assert_array_equal(pieces, naive.join_runs(planes, sought, sought is ORGANS))
     assert n == pieces.max(initial=-1) + 1
     voxels = naive.decoded(stops, rows, pieces, shape)
     for first in (0, 1):
@@ -217,7 +230,7 @@ def test_rewritten_runs_equal_their_twin(
     dtype: type, layout: Callable[[NDArray[Any]], NDArray[Any]], first: int
 ) -> None:
     planes = layout(blobs((4, 9, 17), 6, seed=6).astype(dtype))
-    runs = encoded(planes)
+    runs = encoded(planes, THEMSELVES)
     pieces, n = joined(runs, ORGANS)
     becomes = np.random.default_rng(7).integers(-1, 3, n, dtype=np.int32)
     voxels = naive.decoded(runs[0], runs[2], pieces, planes.shape)

@@ -86,62 +86,80 @@ RUNS_INLINE int32_t runs_root(int32_t *parents, int32_t run)
     return run;
 }
 
-RUNS_INLINE void runs_join(const runs_map *map, const int32_t *groups, int32_t *parents, int32_t one,
-                           int32_t other)
+/* Pairs of runs that are one. They are noted without a branch, which noise would mislead. */
+enum { RUNS_PAIRS = 256 };
+typedef struct {
+    int32_t n, one[RUNS_PAIRS], other[RUNS_PAIRS];
+} runs_pairs;
+
+RUNS_INLINE void runs_note(const runs_map *map, const uint8_t *sought, runs_pairs *pairs,
+                           int32_t one, int32_t other)
 {
-    const int32_t group = groups[map->labels[one]];
-    /* One branch, that noise does not mislead. */
-    if ((group < 0) | (group != groups[map->labels[other]])) return;
-    one = runs_root(parents, one);
-    other = runs_root(parents, other);
-    if (one < other)
-        parents[other] = one;
-    else
-        parents[one] = other;
+    const uint16_t label = map->labels[one];
+    pairs->one[pairs->n] = one;
+    pairs->other[pairs->n] = other;
+    pairs->n += (label == map->labels[other]) & sought[label];
+}
+
+RUNS_INLINE void runs_join(runs_pairs *pairs, int32_t *parents)
+{
+    for (int32_t n = 0; n < pairs->n; n++) {
+        int32_t one = pairs->one[n], other = pairs->other[n];
+        if (parents[one] == parents[other]) continue;
+        one = runs_root(parents, one);
+        other = runs_root(parents, other);
+        if (one < other)
+            parents[other] = one;
+        else
+            parents[one] = other;
+    }
+    pairs->n = 0;
 }
 
 /* Two rows: runs that share a column; with corners also those of which one stops where the other
    starts. */
-RUNS_INLINE void runs_join_rows(const runs_map *map, const int32_t *groups, int32_t *parents,
+RUNS_INLINE void runs_join_rows(const runs_map *map, const uint8_t *sought, int32_t *parents,
                                 ptrdiff_t row, ptrdiff_t other, int corners)
 {
     int32_t a = map->rows[row], b = map->rows[other];
     const int32_t end = map->rows[row + 1];
+    runs_pairs pairs;
+    pairs.n = 0;
     for (;;) {
-        runs_join(map, groups, parents, a, b);
+        runs_note(map, sought, &pairs, a, b);
         const int32_t stop_a = map->stops[a], stop_b = map->stops[b];
         a += stop_a <= stop_b;
         b += stop_b <= stop_a;
-        if (a == end) return;
+        if (a == end) break;
         if (corners && stop_a == stop_b) {
-            runs_join(map, groups, parents, a - 1, b);
-            runs_join(map, groups, parents, a, b - 1);
+            runs_note(map, sought, &pairs, a - 1, b);
+            runs_note(map, sought, &pairs, a, b - 1);
         }
+        if (pairs.n > RUNS_PAIRS - 3) runs_join(&pairs, parents);
     }
+    runs_join(&pairs, parents);
 }
 
-/* pieces (n_runs): the piece of each run, numbered by their first runs; -1 where its label has no
-   group. Returns the number of pieces. The lowest run of a tree is its root, so that one
+/* pieces (n_runs): the piece of each run, numbered by their first runs; -1 where its label is not
+   sought. Returns the number of pieces. The lowest run of a tree is its root, so that one
    ascending sweep numbers them. */
-RUNS_INLINE int32_t runs_pieces_of(const runs_map *map, const int32_t *groups, int32_t *pieces,
+RUNS_INLINE int32_t runs_pieces_of(const runs_map *map, const uint8_t *sought, int32_t *pieces,
                                    int corners)
 {
     const ptrdiff_t n_rows = map->n_rows, n = map->n_planes * n_rows;
     for (int32_t run = 0; run < map->rows[n]; run++) pieces[run] = run;
     for (ptrdiff_t row = 0; row < n; row++) {
-        const ptrdiff_t plane = row / n_rows, i = row % n_rows;
-        for (int32_t run = map->rows[row] + 1; run < map->rows[row + 1]; run++)
-            runs_join(map, groups, pieces, run, run - 1);
-        if (i > 0) runs_join_rows(map, groups, pieces, row, row - 1, corners);
-        if (plane == 0) continue;
-        runs_join_rows(map, groups, pieces, row, row - n_rows, corners);
+        const ptrdiff_t i = row % n_rows;
+        if (i > 0) runs_join_rows(map, sought, pieces, row, row - 1, corners);
+        if (row < n_rows) continue;
+        runs_join_rows(map, sought, pieces, row, row - n_rows, corners);
         if (!corners) continue;
-        if (i > 0) runs_join_rows(map, groups, pieces, row, row - n_rows - 1, 1);
-        if (i + 1 < n_rows) runs_join_rows(map, groups, pieces, row, row - n_rows + 1, 1);
+        if (i > 0) runs_join_rows(map, sought, pieces, row, row - n_rows - 1, 1);
+        if (i + 1 < n_rows) runs_join_rows(map, sought, pieces, row, row - n_rows + 1, 1);
     }
     int32_t n_pieces = 0;
     for (int32_t run = 0; run < map->rows[n]; run++) {
-        if (groups[map->labels[run]] < 0)
+        if (!sought[map->labels[run]])
             pieces[run] = -1;
         else
             pieces[run] = pieces[run] == run ? n_pieces++ : pieces[pieces[run]];
@@ -149,9 +167,9 @@ RUNS_INLINE int32_t runs_pieces_of(const runs_map *map, const int32_t *groups, i
     return n_pieces;
 }
 
-static int32_t runs_pieces(const runs_map *map, const int32_t *groups, int32_t *pieces, int corners)
+static int32_t runs_pieces(const runs_map *map, const uint8_t *sought, int32_t *pieces, int corners)
 {
-    return corners ? runs_pieces_of(map, groups, pieces, 1) : runs_pieces_of(map, groups, pieces, 0);
+    return corners ? runs_pieces_of(map, sought, pieces, 1) : runs_pieces_of(map, sought, pieces, 0);
 }
 
 /* --- what touches what ------------------------------------------------------------------------ */

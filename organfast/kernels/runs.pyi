@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 def encode_runs(
     planes: NDArray[np.unsignedinteger[Any]],
+    taken_for: NDArray[np.uint16],
     stops: NDArray[np.int32],
     labels: NDArray[np.uint16],
     rows: NDArray[np.int32],
@@ -14,7 +15,7 @@ def join_runs(
     labels: NDArray[np.uint16],
     rows: NDArray[np.int32],
     n_rows: int,
-    groups: NDArray[np.int32],
+    sought: NDArray[np.uint8],
     corners: bool,
     pieces: NDArray[np.int32],
 ) -> int: ...

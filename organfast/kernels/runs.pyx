@@ -26,7 +26,7 @@ cdef extern from "runs.h" nogil:
         const int32_t *rows
         ptrdiff_t n_planes
         ptrdiff_t n_rows
-    int32_t runs_pieces(const runs_map *, const int32_t *, int32_t *, int)
+    int32_t runs_pieces(const runs_map *, const uint8_t *, int32_t *, int)
     ctypedef struct runs_votes:
         const int32_t *pieces
         const int32_t *column_of_label
@@ -53,15 +53,18 @@ cdef inline runs_map map_of(
 
 
 def encode_runs(
-    const label_t[:, :, :] planes, int32_t[::1] stops, uint16_t[::1] labels, int32_t[::1] rows
+    const label_t[:, :, :] planes, const uint16_t[::1] taken_for, int32_t[::1] stops,
+    uint16_t[::1] labels, int32_t[::1] rows,
 ):
     """Write the runs of some planes, none of them empty; returns their number.
 
-    planes : (n_0, n_1, n_2) uint8 or uint16, any strides
+    planes    : (n_0, n_1, n_2) uint8 or uint16, any strides
+    taken_for : (n_classes,) uint16, label that each label of the map becomes in the runs
     """
     cdef ptrdiff_t n_0 = planes.shape[0], n_1 = planes.shape[1], n = planes.shape[2]
     cdef ptrdiff_t step = planes.strides[2], a, b, c, run = 0
     cdef const char *row
+    cdef uint16_t label
     with nogil:
         for a in range(n_0):
             for b in range(n_1):
@@ -69,7 +72,9 @@ def encode_runs(
                 row = <const char *>&planes[a, b, 0]
                 c = 0
                 while c < n:
-                    labels[run] = planes[a, b, c]
+                    label = taken_for[planes[a, b, c]]
+                    run -= c > 0 and label == labels[run - 1]  # which goes on
+                    labels[run] = label
                     c = runs_stop(row, step, sizeof(label_t), c, n)
                     stops[run] = <int32_t>c
                     run += 1
@@ -79,19 +84,19 @@ def encode_runs(
 
 def join_runs(
     const int32_t[::1] stops, const uint16_t[::1] labels, const int32_t[::1] rows,
-    Py_ssize_t n_rows, const int32_t[::1] groups, bint corners, int32_t[::1] pieces,
+    Py_ssize_t n_rows, const uint8_t[::1] sought, bint corners, int32_t[::1] pieces,
 ):
-    """Number the pieces: connected runs of one group, by their first runs; returns how many.
+    """Number the pieces: connected runs of one label, by their first runs; returns how many.
 
     n_rows  : rows of a plane
-    groups  : (n_classes,) int32, group of a label, or -1 for none
+    sought  : (n_classes,) uint8, 1 for labels that make up pieces
     corners : connected through faces, edges and corners (26), or through faces alone (6)
     pieces  : (n_runs,) int32, written; -1 is none
     """
     cdef runs_map whole = map_of(stops, labels, rows, n_rows)
     cdef int32_t n
     with nogil:
-        n = runs_pieces(&whole, &groups[0], &pieces[0], corners)
+        n = runs_pieces(&whole, &sought[0], &pieces[0], corners)
     return n
 
 
