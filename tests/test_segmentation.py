@@ -391,6 +391,21 @@ def test_of_equal_components_the_first_in_working_order_stays(
     np.testing.assert_array_equal(np.argwhere(labels == LIVER), [[0, 0, 3]])
 
 
+@pytest.mark.parametrize("islands", [[(0, 0, 1), (1, 0, 0)], [(0, 0, 4)]])
+def test_working_order_is_kept_where_memory_and_slabs_run_otherwise(
+    islands: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Slabs are planes of equal column. The first island begins in a later one than it is found in,
+    # the other one voxel before that of the first slab.
+    monkeypatch.setattr(segmentation, "_SLAB_RUNS", 1)
+    labels = np.asfortranarray(np.zeros((4, 4, 5), np.uint8))
+    later = [(0, 3, 3), (0, 3, 4)] if len(islands) == 2 else [(0, 1, 0)]
+    for voxel in (*islands, *later):
+        labels[voxel] = LIVER
+    clean(labels, TABLE, Cleaning(), 0.001)
+    np.testing.assert_array_equal(np.argwhere(labels == LIVER), islands)
+
+
 def test_dust_never_takes_the_last_component_of_an_organ() -> None:
     labels = np.zeros((3, 5, 9), np.uint8)
     labels[0, 0, :3] = labels[2, 4, :2] = LIVER
