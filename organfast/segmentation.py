@@ -132,7 +132,7 @@ def measure_labels(
     memory = _Memory.of(labels)
     along = memory.along(labels)
     found, _ = _measure(along, n_classes, None if confidence is None else memory.along(confidence))
-    boxes, sums = found.boxes.copy(), found.sums.copy()
+    boxes, sums = found.boxes, found.sums
     for axis, is_flipped in enumerate(memory.flipped):
         if is_flipped:
             n = along.shape[axis]
@@ -199,9 +199,8 @@ def clean(
     changes = np.zeros((len(classes), 3), np.int64)
     if cleaning.keep != "none" and organs:
         smallest = cleaning.dust_ml / voxel_ml if cleaning.keep == "dust" else np.inf
-        part = _Part.around(
-            along, statistics.hull(organs), n_runs, margin=1
-        )  # what surrounds organs
+        # One voxel more: what surrounds the organs.
+        part = _Part.around(along, statistics.hull(organs), n_runs, margin=1)
         changes[:, :2] = _remove_components(part, classes, memory.order, smallest)
     if cleaning.fill_holes and organs:
         # Removal leaves no organ beyond the hull of the map as it came.

@@ -223,6 +223,15 @@ def test_pieces_equal_their_twins(
         np.testing.assert_array_equal([lowest, highest], expected)
 
 
+@pytest.mark.parametrize("sought", [ORGANS, VOIDS])
+def test_rows_may_share_any_number_of_runs(sought: NDArray[np.uint8]) -> None:
+    planes = np.zeros((2, 2, 2400), np.uint8)
+    planes[:, :, ::2] = LIVER
+    planes[1, 1, 700:1700:3] = SPLEEN
+    pieces, _ = joined(encoded(planes, THEMSELVES), sought)
+    np.testing.assert_array_equal(pieces, naive.join_runs(planes, sought, sought is ORGANS))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", [0, 1])
