@@ -90,6 +90,9 @@ SAMPLING = {
     "+ nuisance, 2 copies cropped along z": _altered(crop_mm=150.0),
     "+ nuisance, 2 copies, offsets jittered": _altered(jitter_deg=5.0, jitter_scale=0.1),
     "+ nuisance, 2 copies mirrored, sides exchanged": _altered(mirror=0.5),
+    "+ nuisance, 2 copies recoloured, jittered": _altered(
+        **_COLOURED, jitter_deg=5.0, jitter_scale=0.1
+    ),
     "+ nuisance, 2 copies with all of these but mirroring": _altered(
         **_BENT, **_COLOURED, **_BLURRED, crop_mm=150.0, jitter_deg=5.0, jitter_scale=0.1
     ),
