@@ -11,7 +11,9 @@ ctypedef fused label_t:
 
 cdef extern from "runs.h" nogil:
     ptrdiff_t runs_stop(const char *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t)
-    int64_t runs_sum(const uint8_t *, ptrdiff_t)
+
+cdef extern from "label_statistics.h" nogil:
+    int64_t statistics_sum(const uint8_t *, ptrdiff_t)
 
 
 cdef enum:
@@ -70,7 +72,7 @@ def label_statistics(
                     boxes[label, 2, 0] = min(boxes[label, 2, 0], start)
                     boxes[label, 2, 1] = max(boxes[label, 2, 1], c)
                     if packed and length >= MANY:
-                        confidence_sums[label] += runs_sum(&confidence[a, b, start], length)
+                        confidence_sums[label] += statistics_sum(&confidence[a, b, start], length)
                     elif confident:
                         total = 0
                         for start in range(start, c):

@@ -10,8 +10,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "clones.h"
-
 #define RUNS_INLINE static inline __attribute__((always_inline))
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -52,20 +50,6 @@ RUNS_INLINE ptrdiff_t runs_stop(const char *row, ptrdiff_t step, ptrdiff_t size,
                                 ptrdiff_t n)
 {
     return size == 1 ? runs_stop_8(row, step, c, n) : runs_stop_16(row, step, c, n);
-}
-
-/* Sum of n values; 65,536 of them do not overflow 32 bits. */
-CLONES
-static int64_t runs_sum(const uint8_t *values, ptrdiff_t n)
-{
-    int64_t total = 0;
-    for (ptrdiff_t start = 0; start < n; start += 65536) {
-        const ptrdiff_t stop = n < start + 65536 ? n : start + 65536;
-        uint32_t part = 0;
-        for (ptrdiff_t c = start; c < stop; c++) part += values[c];
-        total += part;
-    }
-    return total;
 }
 
 typedef struct {
@@ -167,7 +151,7 @@ RUNS_INLINE int32_t runs_pieces_of(const runs_map *map, const uint8_t *sought, i
     return n_pieces;
 }
 
-static int32_t runs_pieces(const runs_map *map, const uint8_t *sought, int32_t *pieces, int corners)
+static inline int32_t runs_pieces(const runs_map *map, const uint8_t *sought, int32_t *pieces, int corners)
 {
     return corners ? runs_pieces_of(map, sought, pieces, 1) : runs_pieces_of(map, sought, pieces, 0);
 }
@@ -221,7 +205,7 @@ RUNS_INLINE void runs_vote(void *state, const runs_map *map, int32_t one, int32_
     if (column >= 0) s->votes[piece * s->n_columns + column] += n_faces;
 }
 
-static void runs_count_votes(const runs_map *map, ptrdiff_t first, runs_votes *state)
+static inline void runs_count_votes(const runs_map *map, ptrdiff_t first, runs_votes *state)
 {
     runs_faces(map, first, runs_vote, state);
 }
@@ -244,7 +228,7 @@ RUNS_INLINE void runs_enclose(void *state, const runs_map *map, int32_t one, int
     if (label > s->highest[piece]) s->highest[piece] = label;
 }
 
-static void runs_find_enclosing(const runs_map *map, runs_enclosure *state)
+static inline void runs_find_enclosing(const runs_map *map, runs_enclosure *state)
 {
     runs_faces(map, 0, runs_enclose, state);
 }
