@@ -66,6 +66,9 @@ _LIMITS: dict[str, tuple[float, float, str]] = {
 class Augmentation:
     """How training scans are altered. Each option is off at 0, ``scale`` at (1, 1).
 
+    By default organs are recoloured and nothing else: of all options the only one that lowered
+    Dice on none of the unseen patients it was measured on, see the README.
+
     Parameters
     ----------
     copies : int
@@ -114,19 +117,19 @@ class Augmentation:
     """
 
     copies: int = 2
-    elastic_mm: float = 6.0
+    elastic_mm: float = 0.0
     elastic_grain_mm: float = 90.0
-    scale: tuple[float, float] = (0.9, 1.12)
-    stretch: float = 0.05
-    rotation_deg: float = 5.0
-    crop_mm: float | None = 150.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    stretch: float = 0.0
+    rotation_deg: float = 0.0
+    crop_mm: float | None = None
     mirror: float = 0.0
     recolour_hu: float = 15.0
     recolour_contrast: float = 0.2
     shift_hu: float = 5.0
     gain: float = 0.05
-    blur_mm: float = 1.0
-    noise_hu: float = 12.0
+    blur_mm: float = 0.0
+    noise_hu: float = 0.0
     jitter_deg: float = 0.0
     jitter_scale: float = 0.0
 

@@ -37,6 +37,7 @@ __all__ = [
     "SIZES",
     "SWEEP",
     "TABLE",
+    "cleaning_case",
     "enlargement_case",
     "gather_case",
     "load_case",
@@ -348,6 +349,59 @@ def load_case(shape: tuple[int, int, int]) -> Benchmark:
 # --- what is printed ------------------------------------------------------------------------------
 
 
+def cleaning_case(size: int = 256, n_islands: int = 500) -> Benchmark:
+    """A label map cleaned, against cc3d that only finds the components of organs and of voids.
+
+    Parameters
+    ----------
+    size : int
+        Rows and columns of a slice of a phantom's trunk.
+    n_islands : int
+        Boxes of up to 7 voxels a side and of any label that are strewn over it.
+    """
+    import cc3d
+
+    from organfast.anatomy import ClassTable
+    from organfast.phantom import FieldOfView, class_labels, phantom
+    from organfast.segmentation import Cleaning, clean
+
+    classes = ClassTable.default()
+    steps = (410 / size, 410 / size, 640 / (0.75 * size))
+    field = FieldOfView.over("trunk", steps, size)
+    stored = class_labels(phantom(field, 3), classes)
+    labels = stored.transpose(2, 1, 0)
+    random = np.random.default_rng(0)
+    for _ in range(n_islands):
+        starts = random.integers(0, np.array(labels.shape) - 8)
+        ends = starts + random.integers(1, 8, 3)
+        box = tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))
+        labels[box] = random.integers(0, len(classes))
+    work, memory = labels.copy(), labels.copy()
+    is_organ = np.isin(np.arange(len(classes)), classes.organs)
+
+    def cleaned() -> None:
+        np.copyto(work, labels)
+        clean(work, classes, Cleaning(), 1e-3)
+
+    def by_cc3d() -> None:
+        organs = is_organ[labels]
+        cc3d.connected_components(labels * organs, connectivity=26, return_N=True)
+        cc3d.connected_components(~organs, connectivity=6, return_N=True)
+
+    peers = {
+        "cc3d, components of organs and voids found, nothing removed": Peer(by_cc3d),
+        "memcpy of the map": Peer(lambda: np.copyto(memory, labels), is_limit=True),
+    }
+    return Benchmark(
+        f"clean {size} px, {len(labels)} slices",
+        cleaned,
+        peers,
+        n_items=1,
+        unit="maps",
+        n_voxels=labels.size,
+    )
+
+
 def strides(size: int) -> tuple[int, ...]:
     """Strides of the sweep: side by side, then denser.
 
@@ -378,6 +432,7 @@ TABLE: dict[str, Callable[[], Measurable]] = {
     "gather": partial(gather_case, 33, 33),
     "gather dense": partial(gather_case, 33, 8),
     "enlarge": _ENLARGE,
+    "clean": cleaning_case,
     "load": partial(load_case, (512, 512, 300)),
     "scan": ScanCase,
     "scan, native": partial(ScanCase, pattern=Block(33), grid=ModelGrid(None)),

@@ -49,7 +49,7 @@ from organfast.progress import Progress, silent
 from organfast.refinement import Refine, Visits, refined_slabs
 from organfast.results import Result, peak_memory_mb, too_large
 from organfast.sampling import on_model_grid
-from organfast.segmentation import Cleaning, clean
+from organfast.segmentation import Cleaning, clean, keep_labels
 from organfast.volume import Volume
 from organfast.workers import Workers
 
@@ -342,7 +342,7 @@ def _segment(
         position = evidence.position if evidence else None
         organs = measure_organs(labels, confidence, volume, classes, position)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
-        _clear_unwanted(labels, wanted, classes)
+        keep_labels(labels, wanted)
     return Result(
         scan=given.scan,
         labels=volume.orientation.stored(labels),
@@ -477,15 +477,6 @@ def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:
     organs = classes.organs if settings.organs is None else map(classes.index, settings.organs)
     context = (n for n, s in enumerate(classes.structures) if s.role == "context")
     return frozenset(organs) | frozenset(context if settings.keep_context else ())
-
-
-def _clear_unwanted(
-    labels: NDArray[np.unsignedinteger], wanted: frozenset[int], classes: ClassTable
-) -> None:
-    """Turn every label that was not asked for into background, slice by slice."""
-    kept = np.array([n if n in wanted else 0 for n in range(len(classes))], labels.dtype)
-    for labels_slice in labels:
-        labels_slice[...] = kept[labels_slice]
 
 
 def _spacing_warnings(volume: Volume, model: Model) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Arrays are in working order (k, i, j) and may be strided views; a clean map is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.kernels.label_statistics import label_statistics
+from organfast.kernels.label_statistics import clear_labels, label_statistics
 from organfast.kernels.runs import (
     enclosing_labels,
     encode_runs,
@@ -26,7 +26,7 @@ from organfast.kernels.runs import (
     surrounding_labels,
 )
 
-__all__ = ["Cleaning", "LabelStatistics", "clean", "measure_labels"]
+__all__ = ["Cleaning", "LabelStatistics", "clean", "keep_labels", "measure_labels"]
 
 Labels = NDArray[np.uint8] | NDArray[np.uint16]
 Box = tuple[slice, slice, slice]
@@ -141,6 +141,29 @@ def measure_labels(
     boxes[found.counts == 0] = 0
     back = np.argsort(memory.axes)
     return LabelStatistics(found.counts, sums[:, back], boxes[:, back], found.confidence_sums)
+
+
+def keep_labels(labels: Labels, kept: Iterable[int]) -> None:
+    """Turn every label but some into background, in place.
+
+    Parameters
+    ----------
+    labels : (n_k, n_i, n_j) uint8 or uint16
+        Any strides; written.
+    kept : iterable of int
+        Labels that stay.
+
+    Raises
+    ------
+    ValueError
+        The map is not 3-D uint8 or uint16, or is read-only.
+    """
+    _check_labels(labels)
+    if not labels.flags.writeable:
+        raise ValueError("labels are read-only; they are changed in place, so give a writable map")
+    is_kept = np.zeros(np.iinfo(labels.dtype).max + 1, np.uint8)
+    is_kept[list(kept)] = 1
+    clear_labels(_Memory.of(labels).along(labels), is_kept)
 
 
 def clean(

@@ -687,3 +687,11 @@ def label_forest(nodes, tree_starts, leaf_table, slab, offsets, positions):
     """The greatest share after all trees, the lowest class of equal ones."""
     shares = walk_forest(nodes, tree_starts, leaf_table, slab, offsets, positions)
     return shares.argmax(axis=1)
+
+
+def clear_labels(labels, kept):
+    out = labels.copy()
+    for at in np.ndindex(labels.shape):
+        if not kept[labels[at]]:
+            out[at] = 0
+    return out

@@ -199,7 +199,7 @@ def test_a_guide_that_does_not_fit_is_refused(
 
 # --- altered copies -------------------------------------------------------------------------------
 
-WILD = Augmentation(copies=2, jitter_deg=10.0, jitter_scale=0.2, crop_mm=None)
+WILD = Augmentation(copies=2, elastic_mm=6.0, scale=(0.9, 1.1), jitter_deg=10.0, jitter_scale=0.2)
 
 
 def test_each_copy_is_drawn_from_as_often_as_the_case(model: Model, fine_cases: Path) -> None:

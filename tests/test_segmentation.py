@@ -25,7 +25,7 @@ from organfast.kernels.runs import (
     rewrite_runs,
     surrounding_labels,
 )
-from organfast.segmentation import Cleaning, clean, measure_labels
+from organfast.segmentation import Cleaning, clean, keep_labels, measure_labels
 
 # Two context classes, of which the second stands for the inside of the body; three organs.
 TABLE = ClassTable(
@@ -528,3 +528,28 @@ def test_islands_all_over_a_scan_need_little_memory() -> None:
     tracemalloc.stop()
     assert peak < 12 * 2_097_152, f"{peak / 1e6:.0f} MB"
     assert np.count_nonzero(labels == LIVER) == 18 * 98 * 98
+
+
+# --- labels that stay -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_only_kept_labels_stay(
+    layout: Callable[[NDArray[Any]], NDArray[Any]], dtype: type, shape: tuple[int, ...]
+) -> None:
+    labels = layout(blobs(shape, 6, 4).astype(dtype))
+    kept = np.isin(np.arange(np.iinfo(dtype).max + 1), [0, LIVER, COLON])
+    expected = naive.clear_labels(labels, kept)
+    keep_labels(labels, {LIVER, COLON})
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_labels_are_kept_in_a_map_that_can_be_written() -> None:
+    labels = np.zeros((2, 3, 4), np.uint8)
+    labels.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        keep_labels(labels, {1})
+    with pytest.raises(ValueError, match="3-D uint8 or uint16"):
+        keep_labels(np.zeros((2, 3), np.uint8), {1})

@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Statistics of a label map, run by run in one pass."""
+"""Statistics of a label map, and labels cleared from it, run by run in one pass."""
 
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t
+from libc.string cimport memset
 
 ctypedef fused label_t:
     uint8_t
@@ -79,3 +80,30 @@ def label_statistics(
                             total += confidence[a, b, start]
                         confidence_sums[label] += total
     return n_beyond
+
+
+def clear_labels(label_t[:, :, :] labels, const uint8_t[::1] kept):
+    """Set to 0 every voxel whose label n has ``kept[n] == 0``.
+
+    labels : (n_0, n_1, n_2) uint8 or uint16, any strides, written
+    kept   : an entry for every value of that type
+    """
+    cdef Py_ssize_t n_0 = labels.shape[0], n_1 = labels.shape[1], n_2 = labels.shape[2]
+    cdef Py_ssize_t a, b, c, start
+    cdef bint packed = labels.strides[2] == sizeof(label_t)
+    with nogil:
+        for a in range(n_0):
+            for b in range(n_1):
+                c = 0
+                while c < n_2:
+                    start = c
+                    c = runs_stop(
+                        <const char *>&labels[a, b, 0], labels.strides[2], sizeof(label_t), c, n_2
+                    )
+                    if kept[labels[a, b, start]]:
+                        continue
+                    if packed:
+                        memset(&labels[a, b, start], 0, (c - start) * sizeof(label_t))
+                    else:
+                        for start in range(start, c):
+                            labels[a, b, start] = 0
