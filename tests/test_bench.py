@@ -54,6 +54,7 @@ SMALL = {
     "visits": partial(benchforest.visits_case, 1, TINY),
     "onnx": partial(benchforest.onnx_case, 1, TINY),
     "enlarge": partial(benchcases.enlargement_case, 23, 16, 128),
+    "clean": partial(benchcases.cleaning_case, 48, 10),
     "load": partial(benchcases.load_case, (64, 48, 5)),
 }
 
