@@ -50,6 +50,11 @@ class _Layout:
     plane: int
     first: int
     n_total: int
+    low: int
+
+    def owned(self, p: int) -> int:
+        """Where slice p begins, the boxes before its first row and column included."""
+        return self.first + p * self.plane - self.low * (self.row + 1)
 
     @staticmethod
     def of(n_planes: int, volume: GridVolume, pattern: Pattern) -> _Layout:
@@ -63,7 +68,8 @@ class _Layout:
         plane = (low + n_rows + high + max(0, reach_r - low, reach_r - high)) * row
         first = max(reach_r, low) * row + max(reach_c, low)
         last = (n_planes - 1) * plane + (n_rows - 1 + max(reach_r, high)) * row
-        return _Layout(row, plane, first, first + last + n_cols + max(reach_c, high))
+        n_total = first + last + n_cols + max(reach_c, high)
+        return _Layout(row, plane, first, max(n_total, first + n_planes * plane), low)
 
 
 class LevelWindow:
@@ -95,7 +101,10 @@ class LevelWindow:
         self._volume = _through_table(grid_volume) if self._is_deep else grid_volume
         n_planes = self.n_slices + 2 * pattern.reach[0]
         self._layout = _Layout.of(n_planes, grid_volume, pattern)
-        self._memory = np.full((len(self.boxes), self._layout.n_total), self.air, np.int16)
+        # Air is written with the slices, by the threads that make them: new memory is slow.
+        self._memory = np.empty((len(self.boxes), self._layout.n_total), np.int16)
+        self._memory[:, : self._layout.owned(0)] = self.air
+        self._memory[:, self._layout.owned(n_planes) :] = self.air
         self._begin, self._end = 0, 0  # slices in memory, counted with those beyond the ends
 
     @staticmethod
@@ -173,6 +182,8 @@ class LevelWindow:
                 done[depth] = self._slide(
                     total, done.get(depth, range(0)), range(first, first + depth), scratch
                 )
+            p = k - self._begin
+            self._memory[:, self._layout.owned(p) : self._layout.owned(p + 1)] = self.air
             for level, (width, depth) in enumerate(self.boxes):
                 out = self._plane(level, k, width)
                 if (width, depth) == (1, 1):

@@ -192,7 +192,7 @@ def segment_many(
     settings : Settings, optional
         How to segment.
     threads : int
-        Threads of the computation, the same for all scans; one more reads.
+        Threads of the computation, the same for all scans; besides, one reads and one hashes.
     on_error : callable, optional
         Called with the reason when a scan cannot be used or takes more memory than there is; the
         rest goes on. Without it the error is raised.
@@ -302,9 +302,14 @@ def _name(source: Any) -> str:
 
 
 def _read(source: Any) -> _Input:
+    """A scan; its file is hashed while it is inflated."""
     start = time.perf_counter()
-    digest = file_digest(source) if isinstance(source, (str, PathLike)) else None
-    return _Input(_name(source), as_scan(source), digest, time.perf_counter() - start)
+    if not isinstance(source, (str, PathLike)):
+        return _Input(_name(source), as_scan(source), None, time.perf_counter() - start)
+    with ThreadPoolExecutor(1, thread_name_prefix="organfast-digest") as beside:
+        digest = beside.submit(file_digest, source)
+        scan = as_scan(source)
+        return _Input(_name(source), scan, digest.result(), time.perf_counter() - start)
 
 
 def _segment(
