@@ -49,24 +49,32 @@ SIZES = (17, 33, 63, 97)
 _WINDOW = (-160.0, 240.0)
 
 
-def scaling_case(build: Callable[[], Benchmark], n_steps: int = 8_000_000) -> Scaling:
+def scaling_case(
+    build: Callable[[], Benchmark], times: int = 1, n_steps: int = 8_000_000
+) -> Scaling:
     """A case on two threads over one, beside a loop that stays in registers.
 
     Parameters
     ----------
     build : callable
         Makes the case.
+    times : int
+        How often the case is done at a time: waking a thread takes as long as a short one.
     n_steps : int
         Length of the loop.
     """
     from organfast.kernels.rates import shifted
 
-    one, other = build(), build()
+    def repeated(job: Job) -> Job:
+        return lambda: [job() for _ in range(times)]
+
+    first = build()
+    one, other = repeated(first.ours), repeated(build().ours)
     loop = partial(shifted, n_steps)
     return Scaling(
-        f"{one.name}: two threads, twice the work",
-        one.ours,
-        together([one.ours, other.ours]),
+        f"{first.name}: two threads, twice the work",
+        one,
+        together([one, other]),
         "the speed-up of a Numba loop in registers",
         loop,
         together([loop, loop]),
@@ -426,8 +434,8 @@ TABLE: dict[str, Callable[[], Measurable]] = {
     "labels": labels_case,
     "context": working_grid_case,
     "visits": visits_case,
-    "forest threads": partial(scaling_case, neighbours_case),
-    "enlarge threads": partial(scaling_case, _ENLARGE),
+    "forest threads": partial(scaling_case, neighbours_case, 4),
+    "enlarge threads": partial(scaling_case, _ENLARGE, 100),
     "small forest": onnx_case,
     "gather": partial(gather_case, 33, 33),
     "gather dense": partial(gather_case, 33, 8),

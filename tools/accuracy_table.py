@@ -18,6 +18,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "accuracy.json"
 README = REPOSITORY / "README.md"
 GROUPS = {"phantoms": "phantoms", "chest -> abdomen": "chest → abdomen"}
 GROUPS["abdomen -> chest"] = "abdomen → chest"
+GROUPS["phantoms -> real"] = "12 phantoms → real"
 
 
 def table(rows: Mapping[str, Any], what: str) -> str:
@@ -47,8 +48,9 @@ def _figures(scores: Mapping[str, Any]) -> str:
     """Blocks, Dice of the six large organs / of all, centre error and organs that were missed."""
     missed = scores["n_missed"]
     organs = scores["n_centres"] + missed
+    blocks = "" if scores["blocks"] is None else f"{100 * scores['blocks']:.0f} % · "
     return (
-        f"{100 * scores['blocks']:.0f} % · {_dice(scores['dice_of_six'])} / "
+        f"{blocks}{_dice(scores['dice_of_six'])} / "
         f"{_dice(scores['dice'])} · {scores['centre_mm_median']:.0f} mm"
         + (f", {missed} of {organs} missed" if missed else "")
     )
