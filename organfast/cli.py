@@ -69,6 +69,10 @@ Margin = Annotated[
         min=0, help="With --coarse-to-fine: doubt where the best class leads by less than this."
     ),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(help="auto, totalsegmentator, visceral, nnunet, msd, pairs or blocks."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 
@@ -182,17 +186,25 @@ def train(
     ] = None,
     slices: Annotated[int | None, typer.Option(help="Slices in a block, odd. Default: 1.")] = None,
     spacing: Annotated[
-        str, typer.Option(help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels.")
-    ] = "1.5,1.5,3",
+        str | None,
+        typer.Option(
+            help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels. "
+            "Default: 1.5,1.5,3, or native for a dataset of blocks."
+        ),
+    ] = None,
     classes: Annotated[
         str,
         typer.Option(
             help="`default` (the 23 that the dataset has), `dataset` (all it labels), or a CSV."
         ),
     ] = "default",
-    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    layout: Layout = "auto",
     split: Annotated[
-        Path | None, typer.Option(help="JSON of patients: train, validation, test.")
+        Path | None,
+        typer.Option(
+            help="JSON of patients: train, validation, test; or nnU-Net's splits_final.json, "
+            "its first fold, or that after a #: splits_final.json#2."
+        ),
     ] = None,
     n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
     context_factor: Annotated[
@@ -242,6 +254,8 @@ def train(
         flag = "--slices" if levels is None else "--levels"
         raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
     found = find_cases(dataset, layout)
+    if spacing is None:
+        spacing = "native" if found.layout == "blocks" else "1.5,1.5,3"
     spacing_mm = None if spacing == "native" else _three_lengths(spacing)
     recipe = Recipe(
         grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
@@ -261,9 +275,13 @@ def train(
     save_model(model, out)
     for warning in model.training["warnings"]:
         _complain(f"{dataset}: warning: {warning}")
+    for note in model.training.get("notes", ()):
+        _complain(f"{dataset}: note: {note}")
     if as_json:
         _json({"model": str(out), "digest": model.digest, **_described(model)})
         return
+    n_cases, n_patients = len(found.cases), len(found.patients)
+    print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
     _describe(model)
     print(f"wrote {out}")
 
@@ -517,7 +535,7 @@ def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
 def _split(path: Path, dataset: Dataset) -> Split:
     from organfast.sampling import Split
 
-    split = Split.read(path)
+    split = Split.read(path, {case.name: case.patient for case in dataset.cases})
     try:
         split.check(dataset.patients)
     except ValueError as error:
