@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from organfast.anatomy import ClassTable, canonical_name
 from organfast.errors import InputError
@@ -21,6 +23,7 @@ __all__ = [
     "masks_by_structure",
     "nifti_stem",
     "several",
+    "structure_name",
 ]
 
 IGNORED = "ignore"
@@ -235,8 +238,19 @@ def masks_by_structure(folder: Path, files: Mapping[str, Path]) -> Masks:
     """
     paths: dict[str, Path] = {}
     for stem, path in files.items():
-        name = canonical_name(stem)
+        name = structure_name(stem)
         if name in paths:
             raise several(folder, [paths[name], path])
         paths[name] = path
     return Masks(paths)
+
+
+def structure_name(value: Any) -> str:
+    """The canonical name of a structure, without spaces and slashes.
+
+    Parameters
+    ----------
+    value : object
+        What a file is called, or what stands in a table.
+    """
+    return canonical_name(re.sub(r"[\s/\\]+", "_", str(value or "").strip()))

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -414,11 +416,34 @@ def verify(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A .organfast model, or a folder of scans.")],
+    layout: Layout = "auto",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--quick",
+            help="Read every scan of a dataset and say what is wrong with it, or only list it.",
+        ),
+    ] = False,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, or list what is recognised in a dataset."""
+    """Describe a model, or list what is recognised in a dataset and, with --check, its faults.
+
+    Faults (exit code 1) would spoil training: files that cannot be read, labels on another grid,
+    HU that are none, left and right exchanged, an impossible order of organs, masks of two organs
+    that overlap, one scan under two patients. Notes (exit code 0) are worth a look: empty masks,
+    organs that most others have, odd volumes and spacings. --threads cases are in memory at a time.
+    """
     if path.is_dir():
-        described = _described_dataset(path)
+        from organfast.layouts import find_cases
+
+        dataset = find_cases(path, layout)
+        if check:
+            raise typer.Exit(_checked(dataset, threads=threads, as_json=as_json))
+        described = _described_dataset(dataset)
+    elif check or layout != "auto":
+        flag = "--check" if check else "--layout"
+        raise ValueError(f"{flag} is about a dataset, and {path} is no folder; leave it")
     else:
         from organfast.models.classifier import load_model
 
@@ -776,18 +801,55 @@ def _describe(model: Model) -> None:
         )
 
 
-def _described_dataset(folder: Path) -> dict[str, Any]:
-    from organfast.layouts import dataset_classes, find_cases
+def _described_dataset(dataset: Dataset) -> dict[str, Any]:
+    from organfast.layouts import dataset_classes, dataset_notes
 
-    dataset = find_cases(folder)
+    classes = dataset_classes(dataset)
     return {
         "layout": dataset.layout,
         "patients": len(dataset.patients),
         "cases": [case.name for case in dataset.cases],
         "without labels": list(dataset.skipped),
-        "classes": list(dataset_classes(dataset).names),
+        "classes": list(classes.names),
         "structures": list(dataset.structures),
+        "notes": list(dataset_notes(dataset, classes)),
     }
+
+
+def _checked(dataset: Dataset, *, threads: int, as_json: bool) -> int:
+    """Print what is wrong with a dataset, and return the exit code."""
+    from organfast.doctor import KINDS, check_dataset
+
+    with _progress() as progress:
+        checkup = check_dataset(dataset, threads=threads, progress=progress)
+    code = EXIT_INPUT if checkup.n_faults else 0
+    if as_json:
+        _json({**_described_dataset(dataset), "check": checkup.to_dict()})
+        return code
+    n_faults, n_notes = checkup.n_faults, len(checkup.findings) - checkup.n_faults
+    print(f"layout {dataset.layout}: {len(dataset.cases)} cases, ", end="")
+    print(f"{n_faults} faults, {n_notes} notes")
+    if checkup.findings:
+        print()
+        rows = [(f.level, f.kind, f.case, f.text) for f in checkup.findings]
+        _text_table(("level", "what", "case", "found"), rows)
+        print()
+        for kind in dict.fromkeys(f.kind for f in checkup.findings):
+            print(f"{kind}: {KINDS[kind]}")
+    return code
+
+
+def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text; the last one goes on below itself as wide as the terminal is."""
+    printable = [["".join(c if c.isprintable() else "?" for c in cell) for cell in r] for r in rows]
+    every = [list(columns), *printable]
+    widths = [max(len(row[n]) for row in every) for n in range(len(columns) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(40, shutil.get_terminal_size().columns - indent)
+    for *cells, last in every:
+        first = "".join(f"{c.ljust(w)}  " for c, w in zip(cells, widths, strict=True))
+        lines = textwrap.wrap(last, room) or [""]
+        print("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
 
 
 def _plain(value: Any) -> str:

@@ -25,9 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from organfast.cases import IGNORED, Case, LabelMap, list_folder, nifti_stem
+from organfast.cases import IGNORED, Case, LabelMap, list_folder, nifti_stem, structure_name
 from organfast.errors import InputError
-from organfast.labeltables import checked_names, structure_name, whole_number
+from organfast.labeltables import checked_names, whole_number
 
 __all__ = ["find_msd", "find_nnunet"]
 

@@ -20,10 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from organfast.anatomy import canonical_name, totalsegmentator_names
+from organfast.anatomy import totalsegmentator_names
+from organfast.cases import structure_name
 from organfast.errors import InputError
 
-__all__ = ["NamesOf", "checked_names", "label_names", "structure_name", "whole_number"]
+__all__ = ["NamesOf", "checked_names", "label_names", "whole_number"]
 
 NamesOf = Callable[[Path], Mapping[int, str]]
 
@@ -164,14 +165,3 @@ def whole_number(value: Any) -> int:
     if number is None:
         raise ValueError(f"{value!r} is no whole number")
     return number
-
-
-def structure_name(value: Any) -> str:
-    """The canonical name of a structure, without spaces and slashes.
-
-    Parameters
-    ----------
-    value : object
-        What stands in a table.
-    """
-    return canonical_name(re.sub(r"[\s/\\]+", "_", str(value or "").strip()))

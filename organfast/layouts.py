@@ -69,6 +69,8 @@ __all__ = [
     "dataset_nuisance",
     "find_cases",
     "find_scans",
+    "grid_mismatch",
+    "inside_of",
     "is_doubtful",
     "is_region",
     "lies_in",
@@ -765,7 +767,24 @@ def _nothing_labelled(path: Path) -> InputError:
 
 
 def _read_mask(path: Path, volume: Volume) -> NDArray[np.bool_]:
-    mask = _read_on_grid(path, volume)
+    return inside_of(path, _read_on_grid(path, volume))
+
+
+def inside_of(path: Path, mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a mask is not 0.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, which an error names.
+    mask : (n_a, n_b, n_c) uint8 or uint16
+        What was read from it.
+
+    Raises
+    ------
+    InputError
+        It holds several labels.
+    """
     inside: NDArray[np.bool_] = mask != 0
     greatest = mask.max()
     if np.count_nonzero(inside) != np.count_nonzero(mask == greatest) and greatest:
@@ -778,19 +797,33 @@ def _read_mask(path: Path, volume: Volume) -> NDArray[np.bool_]:
 def _read_on_grid(path: Path, volume: Volume) -> NDArray[Any]:
     """Labels of a file that must lie on the grid of the volume."""
     labels, affine = read_labels(path)
-    problem = ""
-    if labels.shape != volume.hu.shape:
-        shapes = ["×".join(map(str, shape)) for shape in (labels.shape, volume.hu.shape)]
-        problem = f"{shapes[0]} voxels, the image {shapes[1]}"
-    else:
-        apart = corners_apart_mm(labels.shape, affine, volume.affine)
-        if apart > _GRID_TOLERANCE * min(volume.working_spacing_mm):
-            problem = f"up to {apart:.3g} mm apart"
+    problem = grid_mismatch(labels.shape, affine, volume)
     if problem:
         raise InputError(
             path, f"lies on another grid than its image: {problem}", "resample it onto the image"
         )
     return labels
+
+
+def grid_mismatch(shape: tuple[int, ...], affine: NDArray[np.float64], volume: Volume) -> str:
+    """How the grid of some labels differs from that of their image; nothing where it does not.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels of the labels along the stored axes.
+    affine : (4, 4) float64
+        Their stored voxel index -> RAS+ mm.
+    volume : Volume
+        The image.
+    """
+    if shape != volume.hu.shape:
+        shapes = ["×".join(map(str, of)) for of in (shape, volume.hu.shape)]
+        return f"{shapes[0]} voxels, the image {shapes[1]}"
+    apart = corners_apart_mm(volume.hu.shape, affine, volume.affine)
+    if apart > _GRID_TOLERANCE * min(volume.working_spacing_mm):
+        return f"up to {apart:.3g} mm apart"
+    return ""
 
 
 # --- writing --------------------------------------------------------------------------------------
