@@ -613,9 +613,10 @@ def _odd_volumes(exams: Sequence[CaseExam], organs: Sequence[str]) -> list[Findi
             if exam.volumes_ml.get(name) and name not in exam.cut_off
         }
         for case, z, median in _odd(of_case):
-            text = (
-                f"{name} of {of_case[case]:.3g} ml, where the median is {median:.3g} (z {z:+.1f})"
+            mine, usual = (
+                f"{ml:.0f}" if ml >= 10 else f"{ml:.1f}" for ml in (of_case[case], median)
             )
+            text = f"{name} of {mine} ml, where the median is {usual} (z {z:+.1f})"
             told.setdefault(case, {})[name] = text
     return [
         Finding("note", "volume", case, _listed(list(texts.values())), tuple(texts))
