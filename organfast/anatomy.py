@@ -15,7 +15,7 @@ import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -261,6 +261,7 @@ def totalsegmentator_names() -> dict[int, str]:
     return {int(row["id"]): row["name"] for row in csv.DictReader(_data("totalsegmentator.csv"))}
 
 
+@lru_cache(10_000)  # a thousand cases have the same hundred masks
 def canonical_name(name: str) -> str:
     """The name of a structure in the default table or TotalSegmentator's scheme, if it has one.
 
