@@ -828,7 +828,7 @@ def _checked(dataset: Dataset, *, threads: int, as_json: bool) -> int:
         return code
     n_faults, n_notes = checkup.n_faults, len(checkup.findings) - checkup.n_faults
     print(f"layout {dataset.layout}: {len(dataset.cases)} cases, ", end="")
-    print(f"{n_faults} faults, {n_notes} notes")
+    print(f"{n_faults} faults, {n_notes} notes; {len(dataset.skipped)} scans without labels")
     if checkup.findings:
         print()
         rows = [(f.level, f.kind, f.case, f.text) for f in checkup.findings]

@@ -139,7 +139,13 @@ class Scan:
 
 
 class NotHU(InputError):
-    """A scan whose numbers cannot be HU of a patient."""
+    """A scan whose numbers cannot be HU of a patient.
+
+    Parameters
+    ----------
+    path, problem, remedy
+        As of every input error.
+    """
 
 
 # --- public readers -------------------------------------------------------------------------------
