@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -68,6 +70,10 @@ Margin = Annotated[
     typer.Option(
         min=0, help="With --coarse-to-fine: doubt where the best class leads by less than this."
     ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(help="auto, totalsegmentator, visceral, nnunet, msd, pairs or blocks."),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
@@ -182,17 +188,25 @@ def train(
     ] = None,
     slices: Annotated[int | None, typer.Option(help="Slices in a block, odd. Default: 1.")] = None,
     spacing: Annotated[
-        str, typer.Option(help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels.")
-    ] = "1.5,1.5,3",
+        str | None,
+        typer.Option(
+            help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels. "
+            "Default: 1.5,1.5,3, or native for a dataset of blocks."
+        ),
+    ] = None,
     classes: Annotated[
         str,
         typer.Option(
             help="`default` (the 23 that the dataset has), `dataset` (all it labels), or a CSV."
         ),
     ] = "default",
-    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    layout: Layout = "auto",
     split: Annotated[
-        Path | None, typer.Option(help="JSON of patients: train, validation, test.")
+        Path | None,
+        typer.Option(
+            help="JSON of patients: train, validation, test; or nnU-Net's splits_final.json, "
+            "its first fold, or that after a #: splits_final.json#2."
+        ),
     ] = None,
     n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
     context_factor: Annotated[
@@ -242,6 +256,8 @@ def train(
         flag = "--slices" if levels is None else "--levels"
         raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
     found = find_cases(dataset, layout)
+    if spacing is None:
+        spacing = "native" if found.layout == "blocks" else "1.5,1.5,3"
     spacing_mm = None if spacing == "native" else _three_lengths(spacing)
     recipe = Recipe(
         grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
@@ -261,9 +277,13 @@ def train(
     save_model(model, out)
     for warning in model.training["warnings"]:
         _complain(f"{dataset}: warning: {warning}")
+    for note in model.training.get("notes", ()):
+        _complain(f"{dataset}: note: {note}")
     if as_json:
         _json({"model": str(out), "digest": model.digest, **_described(model)})
         return
+    n_cases, n_patients = len(found.cases), len(found.patients)
+    print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
     _describe(model)
     print(f"wrote {out}")
 
@@ -396,11 +416,34 @@ def verify(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A .organfast model, or a folder of scans.")],
+    layout: Layout = "auto",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--quick",
+            help="Read every scan of a dataset and say what is wrong with it, or only list it.",
+        ),
+    ] = False,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, or list what is recognised in a dataset."""
+    """Describe a model, or list what is recognised in a dataset and, with --check, its faults.
+
+    Faults (exit code 1) would spoil training: files that cannot be read, labels on another grid,
+    HU that are none, left and right exchanged, an impossible order of organs, masks of two organs
+    that overlap, one scan under two patients. Notes (exit code 0) are worth a look: empty masks,
+    organs that most others have, odd volumes and spacings. --threads cases are in memory at a time.
+    """
     if path.is_dir():
-        described = _described_dataset(path)
+        from organfast.layouts import find_cases
+
+        dataset = find_cases(path, layout)
+        if check:
+            raise typer.Exit(_checked(dataset, threads=threads, as_json=as_json))
+        described = _described_dataset(dataset)
+    elif check or layout != "auto":
+        flag = "--check" if check else "--layout"
+        raise ValueError(f"{flag} is about a dataset, and {path} is no folder; leave it")
     else:
         from organfast.models.classifier import load_model
 
@@ -517,7 +560,7 @@ def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
 def _split(path: Path, dataset: Dataset) -> Split:
     from organfast.sampling import Split
 
-    split = Split.read(path)
+    split = Split.read(path, {case.name: case.patient for case in dataset.cases})
     try:
         split.check(dataset.patients)
     except ValueError as error:
@@ -758,18 +801,55 @@ def _describe(model: Model) -> None:
         )
 
 
-def _described_dataset(folder: Path) -> dict[str, Any]:
-    from organfast.layouts import dataset_classes, find_cases
+def _described_dataset(dataset: Dataset) -> dict[str, Any]:
+    from organfast.layouts import dataset_classes, dataset_notes
 
-    dataset = find_cases(folder)
+    classes = dataset_classes(dataset)
     return {
         "layout": dataset.layout,
         "patients": len(dataset.patients),
         "cases": [case.name for case in dataset.cases],
         "without labels": list(dataset.skipped),
-        "classes": list(dataset_classes(dataset).names),
+        "classes": list(classes.names),
         "structures": list(dataset.structures),
+        "notes": list(dataset_notes(dataset, classes)),
     }
+
+
+def _checked(dataset: Dataset, *, threads: int, as_json: bool) -> int:
+    """Print what is wrong with a dataset, and return the exit code."""
+    from organfast.doctor import KINDS, check_dataset
+
+    with _progress() as progress:
+        checkup = check_dataset(dataset, threads=threads, progress=progress)
+    code = EXIT_INPUT if checkup.n_faults else 0
+    if as_json:
+        _json({**_described_dataset(dataset), "check": checkup.to_dict()})
+        return code
+    n_faults, n_notes = checkup.n_faults, len(checkup.findings) - checkup.n_faults
+    print(f"layout {dataset.layout}: {len(dataset.cases)} cases, ", end="")
+    print(f"{n_faults} faults, {n_notes} notes; {len(dataset.skipped)} scans without labels")
+    if checkup.findings:
+        print()
+        rows = [(f.level, f.kind, f.case, f.text) for f in checkup.findings]
+        _text_table(("level", "what", "case", "found"), rows)
+        print()
+        for kind in dict.fromkeys(f.kind for f in checkup.findings):
+            print(f"{kind}: {KINDS[kind]}")
+    return code
+
+
+def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text; the last one goes on below itself as wide as the terminal is."""
+    printable = [["".join(c if c.isprintable() else "?" for c in cell) for cell in r] for r in rows]
+    every = [list(columns), *printable]
+    widths = [max(len(row[n]) for row in every) for n in range(len(columns) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(40, shutil.get_terminal_size().columns - indent)
+    for *cells, last in every:
+        first = "".join(f"{c.ljust(w)}  " for c, w in zip(cells, widths, strict=True))
+        lines = textwrap.wrap(last, room) or [""]
+        print("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
 
 
 def _plain(value: Any) -> str:

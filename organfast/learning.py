@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation, altered_copy, jittered
+from organfast.blockfiles import classes_in
+from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
 from organfast.blocks import Block, Context, pattern_on
 from organfast.body import body_mask
 from organfast.errors import is_whole
@@ -29,9 +31,10 @@ from organfast.grid import BlockGrid, ModelGrid
 from organfast.layouts import (
     Case,
     Dataset,
-    LabelMap,
+    Masks,
     check_classes,
     dataset_classes,
+    dataset_notes,
     dataset_nuisance,
     find_cases,
 )
@@ -216,6 +219,17 @@ class Recipe:
         beside = self.sampling.n_per_nuisance
         return of_classes if beside is None else of_classes + [beside] * n_nuisance
 
+    def check_for_blocks(self) -> None:
+        """Raise ValueError when this needs the scans that a dataset of blocks does not have."""
+        remedies = {
+            "be brought to a working grid": (self.grid.spacing_mm, "use ModelGrid(None)"),
+            "be asked by a guide": (self.sampling.guide, "leave the guide"),
+            "be altered": (self.augmentation, "leave the augmentation"),
+        }
+        for what, (asked, remedy) in remedies.items():
+            if asked is not None:
+                raise ValueError(f"blocks that were cut out cannot {what}; {remedy}")
+
     def check_memory(self, n_examples: int, n_features: int, n_parts: int) -> None:
         """Raise ValueError when the features of the examples would take too much memory.
 
@@ -285,7 +299,8 @@ def train(
     pattern : Block or Context, optional
         What the classifier sees around a position; see ``pattern_on`` for the default.
     recipe : Recipe, optional
-        Everything else that shapes the model.
+        Everything else that shapes the model. A dataset of blocks is learned on the scan's own
+        pixels, as ``Recipe(grid=ModelGrid(None))`` has it, and without what needs the scan.
     threads : int
         Threads of the training; the model does not depend on it.
     progress : callable, optional
@@ -303,9 +318,12 @@ def train(
     ValueError
         The recipe does not fit the dataset, or what is learned from would not fit in memory.
     """
+    dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
+    if dataset.layout == "blocks":
+        recipe = recipe or Recipe(grid=ModelGrid(None))
+        return _train_on_blocks(dataset, pattern, recipe, threads=threads, progress=progress)
     recipe = recipe or Recipe()
     pattern = pattern_on(recipe.grid, pattern)
-    dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
     classes = recipe.classes or dataset_classes(dataset)
     check_classes(classes, dataset)
     recipe.sampling.check(classes, recipe.grid)
@@ -329,6 +347,7 @@ def train(
     )
     record |= {
         "layout": dataset.layout,
+        "notes": list(dataset_notes(dataset, classes)),
         "split": asdict(split),
         "seed": recipe.seed,
         "forest": asdict(recipe.forest),
@@ -349,6 +368,44 @@ def train(
         for use, patients in (("validation", split.validation), ("test", split.test))
         if patients
     }
+    return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
+
+
+def _train_on_blocks(
+    dataset: Dataset,
+    pattern: Block | Context | None,
+    recipe: Recipe,
+    *,
+    threads: int,
+    progress: Progress,
+) -> Model:
+    """A model of blocks that were cut out already."""
+    recipe.check_for_blocks()
+    pattern = block_pattern(dataset.cases, pattern)
+    classes = recipe.classes or classes_in(dataset.cases)
+    split = recipe.split or split_patients(dataset.patients, recipe.seed)
+    split.check(dataset.patients)
+    cases = [case for case in dataset.cases if case.patient in split.train]
+    n_of_each = recipe.n_of_each(classes, 0, len({case.patient for case in cases}))
+    recipe.check_memory(sum(n_of_each) * len(cases), pattern.n_features, 1)
+    features, labels, record = learned_blocks(
+        cases, classes, recipe.grid, n_of_each, recipe.seed, progress=progress
+    )
+    forest = train_forest(
+        features, labels, recipe.forest, pattern, len(classes), threads=threads, progress=progress
+    )
+    record |= {
+        "layout": dataset.layout,
+        "split": asdict(split),
+        "seed": recipe.seed,
+        "forest": asdict(recipe.forest),
+    }
+    model = Model(forest, classes, pattern, recipe.grid, NATIVE_STRIDE, record, {})
+    scores = {}
+    for use, patients in (("validation", split.validation), ("test", split.test)):
+        held_out = [case for case in dataset.cases if case.patient in patients]
+        if held_out:
+            scores[use] = score_blocks(model, held_out, progress=progress)
     return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
 
 
@@ -522,7 +579,7 @@ def _block_scores(
 
 def _case_digests(case: Case) -> dict[str, str]:
     """What went into the model, without any path or name of a file."""
-    labels = [case.labels.path] if isinstance(case.labels, LabelMap) else case.labels.paths.values()
+    labels = case.labels.paths.values() if isinstance(case.labels, Masks) else [case.labels.path]
     together = sha256("".join(file_digest(path) for path in labels).encode())
     return {"image": file_digest(case.image), "labels": together.hexdigest()}
 

@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 COLUMNS = [
     ["errors", "progress", "workers"],
     ["anatomy", "volume"],
-    ["nifti", "layouts", "phantom", "torso", "painting"],
+    ["cases", "labeltables"],
+    ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
     ["grid", "levels", "body"],
     ["blocks", "sampling", "augmentation"],
     ["models.classifier", "models.forest"],
     ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay"],
-    ["results", "learning", "pipeline", "verification"],
+    ["results", "blocklearning", "learning", "pipeline", "verification", "doctor"],
     ["bench", "benchcases", "benchforest", "benchscan", "demo"],
     ["cli"],
 ]
