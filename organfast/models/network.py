@@ -73,7 +73,7 @@ class Tower(nnx.Module):
                 x = nnx.relu(getattr(self, f"conv{n}")(x))
             else:
                 sides = (layer.size, layer.size)
-                x = nnx.max_pool(x, sides, strides=sides)
+                x = nnx.max_pool(x, sides, strides=sides)  # type: ignore[no-untyped-call]
         return x.reshape(len(x), -1)
 
 
