@@ -702,7 +702,12 @@ def clear_labels(labels, kept):
 
 def blocks_at(slab, offsets, positions):
     """(n, n_features), one voxel at a time."""
-    return np.array([[slab[tuple(o + (0, *p))] for o in offsets] for p in positions])
+    return np.array(
+        [
+            [slab[level, k + dk, i + di, j + dj] for level, dk, di, dj in offsets]
+            for k, i, j in positions
+        ]
+    )
 
 
 def cnn_inputs(blocks, window, standardise=False):
