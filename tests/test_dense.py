@@ -306,13 +306,13 @@ def test_threads_get_what_one_gets() -> None:
 
 @pytest.mark.parametrize("method", ["dense", "blocks"])
 def test_bfloat16_agrees_as_far_as_eight_bits_go(method: str) -> None:
-    """Measured here: labels agree at all but ties, probabilities differ by up to about 0.03."""
+    """Measured on this scene: by at most 0.0035, and no label is another."""
     cnn = network("towers", Block(17, (1, 3, 7), 3))
     slab, first, positions = scene(cnn.pattern, (3, 3), (6, 6))
     out = np.empty((6, 6, N_CLASSES), np.float32)
     replace(cnn, precision="bfloat16").grid_probabilities(slab, first, (3, 3), out, method=method)
     wanted = expected(cnn, slab, positions).reshape(out.shape)
-    np.testing.assert_allclose(out, wanted, rtol=0, atol=0.05)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=0.01)
     assert np.abs(out - wanted).max() > 1e-5  # the option does something
     clear = np.sort(wanted, axis=2)[..., -1] - np.sort(wanted, axis=2)[..., -2] > 0.1
     np.testing.assert_array_equal(out.argmax(axis=2)[clear], wanted.argmax(axis=2)[clear])

@@ -398,13 +398,17 @@ def _program(
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from organfast.models import dense
+    from organfast.models.dense import (
+        block_grid_probabilities,
+        dense_grid_probabilities,
+        position_probabilities,
+    )
 
     compilation_cache()
     programs: dict[str, Callable[..., jax.Array]] = {
-        "positions": dense.position_probabilities,
-        "blocks": dense.block_grid_probabilities,
-        "dense": dense.dense_grid_probabilities,
+        "positions": position_probabilities,
+        "blocks": block_grid_probabilities,
+        "dense": dense_grid_probabilities,
     }
     arguments = (
         {

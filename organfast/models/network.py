@@ -166,7 +166,8 @@ def initial_params(described: Architecture, n_labels: int, key: jax.Array) -> Pa
     key : key
         From ``jax.random.key``.
     """
-    return _initial_params(described, n_labels, key)
+    params: Params = _initial_params(described, n_labels, key)
+    return params
 
 
 @partial(jax.jit, static_argnums=(0, 1))
