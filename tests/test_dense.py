@@ -48,13 +48,15 @@ def network(name: str, block: Block) -> Cnn:
     return Cnn(described, block, WINDOW, params, MERGE, N_CLASSES)
 
 
-def scene(block: Block, stride: tuple[int, int], shape: tuple[int, int]):
-    """A slab that ends where the last block ends, and the positions on it."""
+def scene(block: Block, stride: tuple[int, int], shape: tuple[int, int], margin: int = 3):
+    """A slab with so many voxels more than blocks read on each side, and the positions on it."""
     reach = block.reach
     rng = np.random.default_rng(1)
-    sides = [2 * r + s * (n - 1) + 1 for r, s, n in zip(reach[1:], stride, shape, strict=True)]
+    sides = [
+        2 * (r + margin) + s * (n - 1) + 1 for r, s, n in zip(reach[1:], stride, shape, strict=True)
+    ]
     slab = rng.integers(-300, 400, (len(block.levels), block.slices + 2, *sides), np.int16)
-    first = (reach[0] + 1, reach[1], reach[2])
+    first = (reach[0] + 1, reach[1] + margin, reach[2] + margin)
     positions = [
         (first[0], first[1] + stride[0] * a, first[2] + stride[1] * b)
         for a in range(shape[0])
@@ -71,8 +73,14 @@ def expected(cnn: Cnn, slab, positions):
     return naive.cnn_probabilities(cnn.architecture, cnn.params, inputs, cnn.merge, cnn.n_classes)
 
 
-def check(cnn: Cnn, stride: tuple[int, int], shape: tuple[int, int], method: str = "dense"):
-    slab, first, positions = scene(cnn.pattern, stride, shape)
+def check(
+    cnn: Cnn,
+    stride: tuple[int, int],
+    shape: tuple[int, int],
+    method: str = "dense",
+    margin: int = 3,
+) -> None:
+    slab, first, positions = scene(cnn.pattern, stride, shape, margin)
     out = np.full((*shape, N_CLASSES), np.nan, np.float32)
     cnn.grid_probabilities(slab, first, stride, out, method=method)
     wanted = expected(cnn, slab, positions).reshape(out.shape)
@@ -116,6 +124,11 @@ def test_dense_equals_block_by_block(name: str, block: Block, stride: int) -> No
 
 def test_strides_may_differ_along_rows_and_columns() -> None:
     check(network("towers", Block(17, (1, 3, 7), 3)), (2, 5), (2, 4))
+
+
+@pytest.mark.parametrize("method", ["dense", "blocks"])
+def test_the_last_block_may_end_where_the_slab_ends(method: str) -> None:
+    check(network("towers", Block(9)), (4, 4), (3, 5), method, margin=0)
 
 
 @pytest.mark.parametrize("name", ["readme", "towers"])
@@ -323,7 +336,7 @@ def test_bfloat16_agrees_as_far_as_eight_bits_go(method: str) -> None:
 
 def test_a_grid_beyond_the_slab_is_refused() -> None:
     cnn = network("towers", Block(9))
-    slab, first, _ = scene(cnn.pattern, (4, 4), (3, 2))
+    slab, first, _ = scene(cnn.pattern, (4, 4), (3, 2), margin=0)
     out = np.empty((3, 2, N_CLASSES), np.float32)
     for wrong in [(0, 1, 0), (0, 0, -1), (9, 0, 0)]:
         at = tuple(f + w for f, w in zip(first, wrong, strict=True))

@@ -177,6 +177,10 @@ def n_parameters(described: Architecture, n_labels: int) -> int:
     n_labels : int
         Outputs.
 
+    Returns
+    -------
+    int
+
     >>> n_parameters(architecture("readme", Block(33)), 23)
     1801111
     """

@@ -276,6 +276,10 @@ def block_products(described: Architecture, block: Block, n_labels: int) -> int:
     n_labels : int
         Outputs.
 
+    Returns
+    -------
+    int
+
     >>> from organfast.models.architecture import architecture
     >>> block_products(architecture("readme", Block(33)), Block(33), 23)
     3855884
