@@ -157,7 +157,7 @@ def draw(key: jax.Array, augmentation: BlockAugmentation, partners: jax.Array) -
 
 
 def turns(draws: Draws, augmentation: BlockAugmentation) -> jax.Array | None:
-    """What each block's offsets are multiplied by, for ``cut_blocks``.
+    """What each block's offsets are multiplied by, for ``blocks_at``.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def altered(
 
 
 def _blurred(blocks: jax.Array, share: jax.Array, axis: int) -> jax.Array:
-    """Each voxel gives ``share`` of itself to its neighbours along an axis; the edge is repeated."""
+    """Each voxel gives ``share`` of itself to both neighbours along an axis; edges are repeated."""
     n = blocks.shape[axis]
     before = jnp.concatenate(
         [
@@ -264,7 +264,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     bits = jax.random.bits(key, shape, jnp.uint32)
     total = sum((bits >> np.uint32(8 * n)) & np.uint32(255) for n in range(_BYTES))
     deviation = np.sqrt(_BYTES * (256**2 - 1) / 12)
-    centred = total.astype(jnp.float32) - np.float32(_BYTES * 255 / 2)  # type: ignore[union-attr]
+    centred = total.astype(jnp.float32) - np.float32(_BYTES * 255 / 2)
     return centred / np.float32(deviation)
 
 
@@ -295,7 +295,8 @@ def _pieces(
     ends: NDArray[np.intp],
 ) -> Ramps:
     pieces = (of[starts], of[ends] - of[starts], slopes)
-    return float(to[0]), tuple(tuple(map(float, piece)) for piece in zip(*pieces, strict=True))
+    rows = np.stack(pieces, axis=1).tolist()
+    return float(to[0]), tuple((begin, length, slope) for begin, length, slope in rows)
 
 
 def _along(ramps: Ramps, x: jax.Array) -> jax.Array:

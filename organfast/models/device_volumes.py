@@ -22,6 +22,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from organfast.blocks import Block, Context
 from organfast.grid import GridVolume
 from organfast.levels import LevelWindow
 
-__all__ = ["DeviceVolumes", "Room", "cut_blocks"]
+__all__ = ["DeviceVolumes", "Room", "blocks_at", "put"]
 
 GIB = 1 << 30
 LINE_BITS = 12
@@ -100,8 +101,8 @@ class DeviceVolumes:
         What is cut.
     """
 
-    buffer: jax.Array
-    places: jax.Array
+    buffer: jax.Array | NDArray[np.int16]
+    places: jax.Array | NDArray[np.int32]
     pattern: Block
 
     @staticmethod
@@ -152,8 +153,7 @@ class DeviceVolumes:
                 _write_level(volume, width, flat[start : start + size].reshape(shape))
         number = {id(volume.hu): n for n, volume in enumerate(different)}
         of_case = places[[number[id(volume.hu)] for volume in grid_volumes]]
-        buffer = jax.device_put(flat.reshape(n_lines, LINE), where)
-        return DeviceVolumes(buffer, jax.device_put(of_case, where), pattern)
+        return put(DeviceVolumes(flat.reshape(n_lines, LINE), of_case, pattern), where)
 
     @staticmethod
     def n_bytes(shapes: Sequence[tuple[int, int, int]], pattern: Block) -> int:
@@ -169,7 +169,7 @@ class DeviceVolumes:
         return 2 * LINE * _places(shapes, pattern)[1]
 
 
-def cut_blocks(
+def blocks_at(
     volumes: DeviceVolumes, cases: jax.Array, positions: jax.Array, turn: jax.Array | None = None
 ) -> jax.Array:
     """Blocks around positions, cut inside jit.
@@ -194,10 +194,10 @@ def cut_blocks(
     block = volumes.pattern
     half = block.size // 2
     widths = np.array(block.levels, np.int32)
-    side = widths[:, None] * np.arange(-half, half + 1, dtype=np.int32)  # (L, size)
+    side = np.outer(widths, np.arange(-half, half + 1, dtype=np.int32))  # (L, size)
     beside = np.arange(block.slices, dtype=np.int32) - block.slices // 2
     di, dj = _turned(side[:, :, None], side[:, None, :], turn)
-    places = volumes.places[cases]  # (n, L, 4)
+    places = jnp.asarray(volumes.places)[cases]  # (n, L, 4)
     line, n_slices, n_rows, n_cols = (places[:, :, axis] for axis in range(4))
     ring = (widths // 2 + 1)[:, None, None]
     k, i, j = (positions[:, axis, None, None, None] for axis in range(3))
@@ -207,11 +207,35 @@ def cut_blocks(
     first = plane * (n_rows * n_cols)[:, :, None]
     at = first[..., None, None] + (row * n_cols[:, :, None, None] + col)[:, :, None]
     lines = line[:, :, None, None, None] + (at >> LINE_BITS)
-    return volumes.buffer.at[lines, at & (LINE - 1)].get(mode="promise_in_bounds")
+    return jnp.asarray(volumes.buffer).at[lines, at & (LINE - 1)].get(mode="promise_in_bounds")
+
+
+Tree = TypeVar("Tree")
+
+
+def put(tree: Tree, where: jax.sharding.Sharding) -> Tree:
+    """Arrays of the host on the devices, also where some are another machine's.
+
+    Parameters
+    ----------
+    tree : pytree of ndarray
+        The same on every machine; not to be written to any more.
+    where : Sharding
+        Where its arrays go.
+    """
+    if where.is_fully_addressable:
+        placed: Tree = jax.device_put(tree, where)
+        return placed
+
+    def global_array(array: NDArray[Any]) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    spread: Tree = jax.tree.map(global_array, tree)
+    return spread
 
 
 def _turned(
-    di: NDArray[np.int32], dj: NDArray[np.int32], turn: jax.Array | None
+    di: NDArray[np.signedinteger], dj: NDArray[np.signedinteger], turn: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Offsets (L, size, 1) and (L, 1, size), turned for each position; int32."""
     if turn is None:
