@@ -21,8 +21,6 @@ from organfast.models.architecture import (
     Architecture,
     Conv,
     Dense,
-    Dropout,
-    MaxPool,
     conv_padding,
     map_sizes,
 )
