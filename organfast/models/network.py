@@ -168,8 +168,15 @@ def initial_params(described: Architecture, n_labels: int, key: jax.Array) -> Pa
     key : key
         From ``jax.random.key``.
     """
-    state = nnx.state(Network(described, n_labels, rngs=nnx.Rngs(key)))
-    return {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(state)}
+
+    def made(key: jax.Array) -> Params:
+        state = nnx.state(Network(described, n_labels, rngs=nnx.Rngs(key)))
+        return {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(state)}
+
+    # Run once: random numbers of many shapes take XLA ten seconds to optimise, and two without.
+    options = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+    params: Params = jax.jit(made, compiler_options=options)(key)
+    return params
 
 
 def logits(
