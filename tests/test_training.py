@@ -1,4 +1,4 @@
-"""Training of networks: blocks cut on the device, batches, steps, stopping, checkpoints, devices."""
+"""Training of networks: blocks on the device, batches, steps, stopping, checkpoints, devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from organfast.augmentation import mirror_partners
 from organfast.blocks import Block, Context
 from organfast.errors import InputError
 from organfast.grid import GridVolume, hu_lookup
-from organfast.models.architecture import Architecture, Conv, Dense, Dropout, architecture
 from organfast.models.block_augmentation import (
     BlockAugmentation,
     Draws,
@@ -38,20 +37,21 @@ from organfast.models.device_volumes import DeviceVolumes, Room, blocks_at
 from organfast.models.examples import Examples, TrainingCase, TrainingData, drawn
 from organfast.models.training import (
     NetworkPlan,
+    Trained,
     TrainingOutputs,
     TrainingSettings,
     train_network,
 )
-from organfast.sampling import features_at
+from organfast.progress import silent
+from organfast.sampling import features_at, slabs_at
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 OFF = BlockAugmentation.off()
 BLOCK = Block(9)
-TINY = Architecture(
-    "tiny", 9, 1, ((Conv(8, stride=2), Conv(16, stride=2)),), (Dense(16, relu=True), Dropout(0.1))
+PLAN = NetworkPlan("towers", BLOCK, (-400.0, 400.0))
+QUICK = TrainingSettings(
+    steps=20, batch=32, learning_rate=5e-3, evaluate_every=5, augmentation=None
 )
-PLAN = NetworkPlan(TINY, BLOCK, (-400.0, 400.0))
-QUICK = TrainingSettings(steps=20, batch=32, learning_rate=5e-3, evaluate_every=5)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,21 @@ def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     trains = "painted" in request.fixturenames
     with jax.numpy_dtype_promotion("standard" if trains else "strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs are kept for the next test, and XLA does not think long about them."""
+    wanted: dict[str, tuple[Any, Any]] = {  # here, and elsewhere
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("jax")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_disable_most_optimizations": (True, False),
+    }
+    for name, (here, _) in wanted.items():
+        jax.config.update(name, here)
+    yield
+    for name, (_, elsewhere) in wanted.items():
+        jax.config.update(name, elsewhere)
 
 
 def _noise(shape: tuple[int, int, int], seed: int, table: str = "piecewise") -> GridVolume:
@@ -182,7 +197,9 @@ def test_what_is_off_leaves_blocks_alone() -> None:
     nothing = draw(jax.random.key(0), OFF, jnp.arange(4))
     assert altered(blocks, nothing, OFF, (1, 3), "piecewise") is blocks
     assert turns(nothing, OFF) is None
-    np.testing.assert_array_equal(mirrored_labels(nothing, jnp.arange(4), jnp.full(4, -1)), range(4))
+    np.testing.assert_array_equal(
+        mirrored_labels(nothing, jnp.arange(4), jnp.full(4, -1)), range(4)
+    )
 
 
 @pytest.mark.parametrize("table", ["identity", "piecewise"])
@@ -279,7 +296,7 @@ def test_alterations_out_of_range_are_refused() -> None:
 def _case(patient: str, labels: list[int], seed: int = 0) -> TrainingCase:
     volume = _noise((3, 12, 12), seed)
     positions = np.random.default_rng(seed).integers(0, volume.shape, (len(labels), 3))
-    return TrainingCase(patient, volume, positions, np.array(labels))
+    return TrainingCase(patient, volume, positions, np.array(labels, int))
 
 
 def test_batches_are_balanced_over_classes_and_patients() -> None:
@@ -290,9 +307,8 @@ def test_batches_are_balanced_over_classes_and_patients() -> None:
     ]
     data = TrainingData(cases, [], 4, np.array([0, 1, 2, 2, 3]), [3, 1, 1, 0])
     examples = Examples.of(data)
-    picked = np.concatenate(
-        [drawn(jax.random.key(n), 60, jax.device_put(examples)) for n in range(200)]
-    )
+    batch_of = jax.jit(lambda key: drawn(key, 60, examples))
+    picked = np.concatenate([batch_of(jax.random.key(n)) for n in range(200)])
     labels, of_case = examples.labels[picked], examples.cases[picked]
     for batch in labels.reshape(200, 60):
         counts = np.bincount(data.class_of[batch], minlength=4)
@@ -357,33 +373,22 @@ def painted() -> TrainingData:
     return TrainingData([_painted("a", 0), _painted("b", 1)], [_painted("c", 2)], 4)
 
 
-def _accuracy(trained_params: dict[str, Any], case: TrainingCase) -> float:
-    """Share of right labels, the blocks copied on the host: not what training judges with."""
-    from organfast.models.network import logits, scaled
-
-    blocks = features_at(case.grid_volume, BLOCK, case.positions.astype(np.int32))
-    shaped = jnp.asarray(blocks.reshape(-1, 1, 1, 9, 9))
-    found = logits(TINY, jax.device_put(trained_params), scaled(shaped, PLAN.window))
-    return float((np.asarray(found).argmax(axis=1) == case.labels).mean())
+def _accuracy(trained: Trained, case: TrainingCase, label: int | None = None) -> float:
+    """Share of right classes as the classifier tells them from slabs: not as training judges."""
+    chosen = np.ones(len(case.labels), bool) if label is None else case.labels == label
+    found = np.empty((len(chosen), trained.classifier.n_classes), np.float32)
+    for rows, slab, local in slabs_at(case.grid_volume, BLOCK, case.positions.astype(np.int32)):
+        part = np.empty((len(rows), found.shape[1]), np.float32)
+        trained.classifier.probabilities(slab, local, part)
+        found[rows] = part
+    return float((found.argmax(axis=1) == case.labels)[chosen].mean())
 
 
 def test_a_small_network_learns_what_was_painted(painted: TrainingData) -> None:
     settings = replace(QUICK, steps=150, batch=64, evaluate_every=50)
     trained = train_network(painted, PLAN, settings)
-    unseen = _painted("d", 9)
-    assert _accuracy(trained.params, unseen) > 0.9
-    validation = painted.validation[0]
-    of_classes = [
-        _accuracy(
-            trained.params,
-            replace(
-                validation,
-                positions=validation.positions[validation.labels == label],
-                labels=validation.labels[validation.labels == label],
-            ),
-        )
-        for label in range(4)
-    ]
+    assert _accuracy(trained, _painted("d", 9)) > 0.9
+    of_classes = [_accuracy(trained, painted.validation[0], label) for label in range(4)]
     np.testing.assert_allclose(
         trained.record["validation_accuracy"], np.mean(of_classes), atol=1e-6
     )
@@ -392,7 +397,8 @@ def test_a_small_network_learns_what_was_painted(painted: TrainingData) -> None:
 
 def test_same_seed_same_weights(painted: TrainingData) -> None:
     first, again, other = (
-        train_network(painted, PLAN, replace(QUICK, seed=seed)).params for seed in (1, 1, 2)
+        train_network(painted, PLAN, replace(QUICK, seed=seed)).classifier.params
+        for seed in (1, 1, 2)
     )
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
@@ -427,8 +433,8 @@ def test_a_killed_run_goes_on_bit_for_bit(painted: TrainingData, tmp_path: Path)
     )
     assert seen[0] == 12
     assert resumed.record == whole.record
-    for name, array in whole.params.items():
-        np.testing.assert_array_equal(resumed.params[name], array)
+    for name, array in whole.classifier.params.items():
+        np.testing.assert_array_equal(resumed.classifier.params[name], array)
     lines = [json.loads(line) for line in outputs.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 24]
     assert lines[-1].keys() == {
@@ -439,7 +445,7 @@ def test_a_killed_run_goes_on_bit_for_bit(painted: TrainingData, tmp_path: Path)
     assert done.record == whole.record
     for other, name in (
         (replace(settings, learning_rate=1e-3), r"settings\.learning_rate"),
-        (replace(settings, augmentation=None), r"settings\.augmentation"),
+        (replace(settings, augmentation=OFF), r"settings\.augmentation"),
     ):
         with pytest.raises(InputError, match=f"another training, which differs in {name}"):
             train_network(painted, PLAN, other, outputs=outputs)
@@ -461,9 +467,7 @@ def test_a_folder_of_something_else_is_left_alone(painted: TrainingData, tmp_pat
 def test_training_stops_when_nothing_gets_better_and_keeps_the_best(painted: TrainingData) -> None:
     entries: list[Any] = []
     settings = replace(QUICK, steps=400, learning_rate=0.3, clip=None, patience=3)
-    trained = train_network(
-        painted, PLAN, settings, outputs=TrainingOutputs(report=entries.append)
-    )
+    trained = train_network(painted, PLAN, settings, outputs=TrainingOutputs(report=entries.append))
     judged = [entry for entry in entries if "validation_accuracy" in entry]
     assert trained.record["n_steps"] < 400
     assert "early: 3 evaluations" in trained.record["stopped"]
@@ -487,7 +491,7 @@ def test_labels_are_summed_into_classes_when_judged(painted: TrainingData) -> No
     merged = replace(painted, n_classes=2, merge=np.array([0, 0, 1, 1]))
     settings = replace(QUICK, steps=100, batch=64, evaluate_every=50)
     trained = train_network(merged, PLAN, settings)
-    assert trained.params["dense2.bias"].shape == (4,)
+    assert trained.classifier.params["dense2.bias"].shape == (4,)
     assert trained.record["validation_accuracy"] > 0.9
 
 
@@ -500,22 +504,19 @@ def test_the_rate_rises_and_falls() -> None:
         for step in range(100)
     ]
     expected[1:10] = [0.2 + 1.8 * step / 10 for step in range(1, 10)]
-    np.testing.assert_allclose([settings.rate(step) for step in range(100)], expected, rtol=1e-5)
-    assert float(replace(settings, warmup=0.0).rate(0)) == 2.0
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        np.testing.assert_allclose(settings.rates(), expected, rtol=1e-5)
+        assert replace(settings, warmup=0.0).rates()[0] == 2.0
 
 
-@pytest.mark.parametrize("name", ["tiny", "readme"])
+@pytest.mark.parametrize("name", ["towers", "readme"])
 def test_one_step_equals_the_optimiser_written_out(painted: TrainingData, name: str) -> None:
     """Adam by hand on the gradient of the same batch; decay of kernels, or the seed's penalty."""
-    from organfast.models.network import initial_params, kernel_penalty, logits, scaled
+    from organfast.models.network import kernel_penalty, logits, scaled
     from organfast.models.training import _mesh, _Run
 
-    plan = PLAN
-    if name == "readme":
-        plan = NetworkPlan(architecture("readme", Block(9)), Block(9), (-400.0, 400.0))
-    settings = replace(
-        QUICK, augmentation=None, clip=0.05, weight_decay=0.1, dropout=0.0, warmup=0.0
-    )
+    plan = NetworkPlan(name, BLOCK, PLAN.window)
+    settings = replace(QUICK, clip=0.05, weight_decay=0.1, dropout=0.0, warmup=0.0)
     run = _Run(painted, plan, settings, _mesh(settings))
     before = {n: np.array(a, np.float64) for n, a in run.state.params.items()}
     key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)[0]
@@ -526,22 +527,22 @@ def test_one_step_equals_the_optimiser_written_out(painted: TrainingData, name: 
     wanted[np.arange(32), np.asarray(run.examples.labels)[chosen]] += 0.95
 
     def loss_of(params: Any) -> Any:
-        found = jax.nn.log_softmax(logits(plan.architecture, params, blocks))
-        penalty = kernel_penalty(plan.architecture, params)
+        found = jax.nn.log_softmax(logits(plan.layers, params, blocks))
+        penalty = kernel_penalty(plan.layers, params)
         return -(found * wanted).sum(axis=1).mean() + penalty
 
-    gradient = jax.grad(loss_of)(jax.device_put(run.state.params))
+    gradient = jax.jit(jax.grad(loss_of))(jax.device_put(run.state.params))
     gradient = {n: np.array(g, np.float64) for n, g in gradient.items()}
     length = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     assert length > 0.05
-    run.state, _ = run.step(run.state, run.volumes, run.examples)
+    run.step()
     for array, g in gradient.items():
         g = g * 0.05 / length
         expected = before[array] - 5e-3 * g / (abs(g) + 1e-8)
-        if name == "tiny" and array.endswith("kernel"):
+        if name == "towers" and array.endswith("kernel"):
             expected -= 5e-3 * 0.1 * before[array]
         large = abs(g) > 1e-5  # where Adam's first step is no division of rounding by rounding
-        assert large.mean() > 0.3
+        assert large.mean() > 0.1
         found = np.asarray(run.state.params[array])
         np.testing.assert_allclose(found[large], expected[large], atol=2e-5)
 
@@ -562,13 +563,12 @@ def test_mirrored_batches_need_partners(painted: TrainingData) -> None:
 
 
 def test_a_loss_that_is_no_number_is_an_error(painted: TrainingData) -> None:
-    settings = replace(QUICK, learning_rate=10.0, clip=None, warmup=0.0, steps=400)
-    plan = NetworkPlan(TINY, BLOCK, (0.0, 1e-30))
-    del plan
-    with pytest.raises(FloatingPointError, match="use a lower learning rate"):
-        from organfast.models.training import _check_finite
+    from organfast.models.training import _Log, _mesh, _Run
 
-        _check_finite(float("nan"), settings.steps)
+    run = _Run(painted, PLAN, QUICK, _mesh(QUICK))
+    run.state = replace(run.state, params=jax.tree.map(lambda a: a / 0, run.state.params))
+    with pytest.raises(FloatingPointError, match="nan at step 5; use a lower learning rate"):
+        run.to_the_end(None, 1, _Log(TrainingOutputs(), 0), silent)
 
 
 def test_settings_out_of_range_are_refused_in_words() -> None:
@@ -583,17 +583,17 @@ def test_settings_out_of_range_are_refused_in_words() -> None:
         ("dropout", 1.0, "give a number from 0 to 0.9"),
         ("clip", 0, "give a number from 1e-06"),
         ("precision", "float16", "use float32, bfloat16"),
-        ("device", "cuda", "use auto, cpu, gpu, tpu"),
+        ("device", "cuda", "use auto, cpu, gpu"),
         ("max_memory_gb", -1, "give GiB above 0"),
     ):
         with pytest.raises(ValueError, match=f"{name} is {value!r}; {words}"):
             TrainingSettings(**{name: value})
     with pytest.raises(ValueError, match="checkpoint_every is 0"):
         TrainingOutputs(checkpoint_every=0)
-    with pytest.raises(ValueError, match=r"is for 1 level\(s\), 1 slice\(s\) and size 9"):
-        NetworkPlan(TINY, Block(11), (0.0, 1.0))
+    with pytest.raises(ValueError, match="'unet' is unknown"):
+        NetworkPlan("unet", BLOCK, (0.0, 1.0))
     with pytest.raises(ValueError, match=r"window is \(1, 1\)"):
-        NetworkPlan(TINY, BLOCK, (1, 1))
+        NetworkPlan("towers", BLOCK, (1, 1))
 
 
 def test_tensorboard_is_asked_for_or_not_missed(
@@ -614,6 +614,7 @@ _ON_DEVICES = """
 import sys
 from dataclasses import replace
 import jax, numpy as np
+jax.config.update("jax_disable_most_optimizations", True)
 sys.path.insert(0, {tests!r})
 from test_training import PLAN, QUICK, BlockAugmentation, TrainingData, _painted, train_network
 assert len(jax.devices()) == {n}
@@ -625,9 +626,9 @@ if {n} > 1:
     else:
         raise AssertionError
 data = TrainingData([_painted("a", 0), _painted("b", 1)], [_painted("c", 2, 13)], 4)
-how = replace(QUICK, steps=12, evaluate_every=6, augmentation=BlockAugmentation(noise_hu=10.0))
+how = replace(QUICK, steps=6, evaluate_every=6, augmentation=BlockAugmentation())
 trained = train_network(data, PLAN, how)
-np.savez({path!r}, accuracy=trained.record["validation_accuracy"], **trained.params)
+np.savez({path!r}, accuracy=trained.record["validation_accuracy"], **trained.classifier.params)
 """
 
 

@@ -11,6 +11,7 @@ Whole scans are altered in ``augmentation``; this costs no memory and never show
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
@@ -141,9 +142,10 @@ def draw(key: jax.Array, augmentation: BlockAugmentation, partners: jax.Array) -
         Of each example, the label of the other side; negative where there is none to be had.
     """
     n = len(partners)
-    keys = jax.random.split(key, len(_LIMITS) + 1)
-    normal = jax.random.truncated_normal(keys[0], -MOST_DEVIATIONS, MOST_DEVIATIONS, (n,))
-    even = [jax.random.uniform(k, (n,)) for k in keys[1:7]]
+    # One axis at a time: XLA takes seconds to compile random numbers along several axes.
+    for_normal, for_even, for_noise = jax.random.split(key, 3)
+    normal = jax.random.truncated_normal(for_normal, -MOST_DEVIATIONS, MOST_DEVIATIONS, (n,))
+    even = jax.random.uniform(for_even, (6 * n,)).reshape(6, n)
     return Draws(
         angle=normal * np.float32(np.deg2rad(augmentation.rotation_deg)),
         factor=1 + augmentation.scale * (2 * even[0] - 1),
@@ -152,7 +154,7 @@ def draw(key: jax.Array, augmentation: BlockAugmentation, partners: jax.Array) -
         noise=augmentation.noise_hu * even[3],
         blur=augmentation.blur * even[4],
         mirrored=(even[5] < augmentation.mirror) & (partners >= 0),
-        key=keys[7],
+        key=for_noise,
     )
 
 
@@ -261,7 +263,7 @@ def _blurred(blocks: jax.Array, share: jax.Array, axis: int) -> jax.Array:
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """About normal numbers: four even bytes summed, a quarter of the work of exact ones."""
-    bits = jax.random.bits(key, shape, jnp.uint32)
+    bits = jax.random.bits(key, (math.prod(shape),), jnp.uint32).reshape(shape)
     total = sum((bits >> np.uint32(8 * n)) & np.uint32(255) for n in range(_BYTES))
     deviation = np.sqrt(_BYTES * (256**2 - 1) / 12)
     centred = total.astype(jnp.float32) - np.float32(_BYTES * 255 / 2)

@@ -272,9 +272,10 @@ def drawn(key: jax.Array, n: int, examples: Examples) -> jax.Array:
     examples : Examples
         What is drawn from.
     """
-    which, within = jax.random.split(key)
-    share = (jnp.arange(n, dtype=jnp.float32) + jax.random.uniform(which, (n,))) / n
+    which, within = jax.random.uniform(key, (2 * n,)).reshape(2, n)
+    share = (jnp.arange(n, dtype=jnp.float32) + which) / n
     group = jnp.searchsorted(examples.edges, share, side="right", method="compare_all")
     group = jnp.minimum(group, len(examples.edges) - 1)
     count = jnp.asarray(examples.counts)[group]
-    return jnp.asarray(examples.starts)[group] + jax.random.randint(within, (n,), 0, count)
+    number = jnp.minimum((within * count.astype(jnp.float32)).astype(jnp.int32), count - 1)
+    return jnp.asarray(examples.starts)[group] + number

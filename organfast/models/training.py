@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 
 from organfast.blocks import Block
 from organfast.errors import is_whole
-from organfast.models.architecture import Architecture, Dropout
+from organfast.models.architecture import Architecture, Dropout, architecture
 from organfast.models.block_augmentation import (
     BlockAugmentation,
     altered,
@@ -56,10 +56,11 @@ from organfast.models.block_augmentation import (
     turns,
 )
 from organfast.models.checkpoints import Checkpoints
+from organfast.models.cnn import PRECISIONS, Cnn
 from organfast.models.device_volumes import DeviceVolumes, Room, blocks_at, put
+from organfast.models.devices import DEVICES, compilation_cache
 from organfast.models.examples import Examples, TrainingCase, TrainingData, drawn
 from organfast.models.network import (
-    PRECISIONS,
     Params,
     initial_params,
     kernel_penalty,
@@ -76,7 +77,6 @@ __all__ = [
     "train_network",
 ]
 
-DEVICES = ("auto", "cpu", "gpu", "tpu")
 _REPORT_EVERY = 10
 _JUDGED_AT_A_TIME = 512
 _END_OF_RATE = 0.01
@@ -116,7 +116,7 @@ class TrainingSettings:
         How blocks are altered.
     precision : {"float32", "bfloat16"}
         Of the factors of products.
-    device : {"auto", "cpu", "gpu", "tpu"}
+    device : {"auto", "cpu", "gpu"}
         Where to train: all devices of the kind; "auto" is what JAX prefers.
     max_memory_gb : float or None
         Most memory of a device that the scans may take, see ``Room``.
@@ -169,23 +169,19 @@ class TrainingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(known)}")
         Room(self.max_memory_gb)
 
-    def rate(self, step: int | jax.Array) -> Any:
-        """Learning rate of a step, counted from 0.
-
-        Parameters
-        ----------
-        step : int or () int32
-            The step.
-        """
+    def rates(self) -> NDArray[np.float32]:
+        """Learning rate of each step, (steps,)."""
+        steps = jnp.arange(self.steps)
         n_rising = round(self.warmup * self.steps)
         falling = optax.cosine_decay_schedule(
             self.learning_rate, max(1, self.steps - n_rising), _END_OF_RATE
         )
         if not n_rising:
-            return falling(step)
+            return np.asarray(falling(steps), np.float32)
         # The first step learns, too: it is one of those in which the rate rises.
         rising = optax.linear_schedule(self.learning_rate / n_rising, self.learning_rate, n_rising)
-        return optax.join_schedules([rising, falling], [n_rising])(step)
+        joined = optax.join_schedules([rising, falling], [n_rising])
+        return np.asarray(joined(steps), np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """What shapes the weights, as JSON would hold it: not the device and its memory."""
@@ -200,10 +196,10 @@ class NetworkPlan:
 
     Parameters
     ----------
-    architecture : Architecture
-        Its layers.
+    architecture : str
+        Its name, see ``architecture``.
     pattern : Block
-        The block that they are for.
+        The block that it sees.
     window : (low, high) float
         In units of the HU table: what becomes 0 and 1.
     standardise : bool
@@ -212,30 +208,28 @@ class NetworkPlan:
     Raises
     ------
     ValueError
-        The architecture is for other blocks, or the window is empty.
+        There is no such architecture for such a block, or the window is empty.
     """
 
-    architecture: Architecture
+    architecture: str
     pattern: Block
     window: tuple[float, float]
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        made = self.architecture
-        of_pattern = (len(self.pattern.levels), self.pattern.slices, self.pattern.size)
-        if (len(made.towers), made.channels, made.size) != of_pattern:
-            raise ValueError(
-                f"the architecture {made.name} is for {len(made.towers)} level(s), "
-                f"{made.channels} slice(s) and size {made.size}, the block has {of_pattern}; make "
-                "it with architecture(name, pattern)"
-            )
+        architecture(self.architecture, self.pattern)
         if not self.window[0] < self.window[1]:
             raise ValueError(f"window is {self.window}; give (low, high), low below high")
+
+    @property
+    def layers(self) -> Architecture:
+        """The layers of that name."""
+        return architecture(self.architecture, self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""
         return {
-            "architecture": asdict(self.architecture),
+            "architecture": asdict(self.layers),
             "pattern": self.pattern.to_dict(),
             "window": [float(edge) for edge in self.window],
             "standardise": self.standardise,
@@ -285,16 +279,15 @@ class Trained:
 
     Parameters
     ----------
-    params : dict of str to float32 array
-        Its weights, on the host: the best ones on the validation cases, or without such cases the
-        last ones.
+    classifier : Cnn
+        The network with its best weights on the validation cases, or without such cases its last.
     record : mapping
         For JSON: ``settings``, ``n_steps`` done, ``best_step`` that the weights are from,
         ``stopped`` ("early: ..." or "after all steps: ..."), ``validation_accuracy`` (balanced over
         the classes) and ``validation_loss``, None without validation cases.
     """
 
-    params: dict[str, NDArray[np.float32]]
+    classifier: Cnn
     record: Mapping[str, Any]
 
 
@@ -366,13 +359,14 @@ def train_network(
         The loss is no number any more.
     """
     settings, outputs = settings or TrainingSettings(), outputs or TrainingOutputs()
+    compilation_cache()
     mesh = _mesh(settings)
-    run = _Run(data, plan, settings, mesh)
     with ExitStack() as stack:
         checkpoints = None
         if outputs.checkpoints is not None:
             checkpoints = Checkpoints(outputs.checkpoints, _identity(data, plan, settings))
             stack.callback(checkpoints.close)
+        run = _Run(data, plan, settings, mesh)
         run.go_on_from(checkpoints)
         log = stack.enter_context(_Log(outputs, run.n_done))
         return run.to_the_end(checkpoints, outputs.checkpoint_every, log, progress)
@@ -421,43 +415,52 @@ class _Run:
         self.judged = [
             put(part, self.shared) for part in _parts(data, _JUDGED_AT_A_TIME, mesh.size)
         ]
-        self.optimiser = _optimiser(plan.architecture, settings)
+        self.optimiser, self.rates = _optimiser(plan.layers, settings), settings.rates()
         key = jax.random.fold_in(jax.random.key(settings.seed), 2**31)
-        params = initial_params(plan.architecture, data.n_labels, key)
+        params = initial_params(plan.layers, data.n_labels, key)
         state = _State(jnp.int32(0), params, self.optimiser.init(params))
         self.state: _State = put(jax.tree.map(np.asarray, state), self.everywhere)
         self.best, self.best_params = _Best(), self._copy(self.state.params)
         self.n_done = 0
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self._step_program = jax.jit(self._step, donate_argnums=0)
         self.judge = jax.jit(self._judge, out_shardings=self.everywhere)
 
     # --- what is jitted ---------------------------------------------------------------------------
 
+    # What changes from run to run comes as an argument: a program that is kept on disk then serves
+    # runs of any length, rate and seed.
+
     def _step(
-        self, state: _State, volumes: DeviceVolumes, examples: Examples
+        self,
+        state: _State,
+        volumes: DeviceVolumes,
+        examples: Examples,
+        seed: NDArray[np.uint32],
+        rate: NDArray[np.float32],
     ) -> tuple[_State, jax.Array]:
         """The state after one more batch, and the loss of that batch."""
-        key = jax.random.fold_in(jax.random.key(self.settings.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         for_batch, for_blocks, for_dropout = jax.random.split(key, 3)
         blocks, labels = self._batch(for_batch, for_blocks, volumes, examples)
         wanted = optax.smooth_labels(
             jax.nn.one_hot(labels, self.data.n_labels), self.settings.label_smoothing
         )
-        architecture = _with_dropout(self.plan.architecture, self.settings.dropout)
+        layers = _with_dropout(self.plan.layers, self.settings.dropout)
 
         def loss_of(params: Params) -> jax.Array:
             found = logits(
-                architecture,
+                layers,
                 params,
                 blocks,
                 dropout_key=for_dropout,
                 precision=self.settings.precision,
             )
             loss = optax.softmax_cross_entropy(found, wanted).mean()
-            return loss + kernel_penalty(architecture, params) if architecture.l2 else loss
+            return loss + kernel_penalty(layers, params) if layers.l2 else loss
 
         loss, gradient = jax.value_and_grad(loss_of)(state.params)
         updates, moments = self.optimiser.update(gradient, state.moments, state.params)
+        updates = jax.tree.map(lambda update: -rate * update, updates)
         params = optax.apply_updates(state.params, updates)
         return _State(state.step + 1, params, moments), loss
 
@@ -490,7 +493,7 @@ class _Run:
     ) -> jax.Array:
         """(n, n_classes) probabilities."""
         found = logits(
-            self.plan.architecture,
+            self.plan.layers,
             params,
             self._scaled(blocks_at(volumes, cases, positions)),
             precision=self.settings.precision,
@@ -498,6 +501,15 @@ class _Run:
         of_label = jax.nn.softmax(found)
         merge = jax.nn.one_hot(jnp.asarray(self.data.class_of), self.data.n_classes)
         return jnp.matmul(of_label, merge, precision=jax.lax.Precision.HIGHEST)
+
+    def step(self) -> jax.Array:
+        """Learn from the next batch; its loss, which may not be computed yet."""
+        seed, rate = np.uint32(self.settings.seed), self.rates[self.n_done]
+        self.state, loss = self._step_program(
+            self.state, self.volumes, self.examples, np.asarray(seed), np.asarray(rate)
+        )
+        self.n_done += 1
+        return loss
 
     def _copy(self, params: Params) -> Params:
         """A copy, for the step takes the memory of what it is given."""
@@ -534,9 +546,7 @@ class _Run:
         total, losses, begin = settings.steps, [], time.perf_counter()
         progress("training the network", self.n_done, total)
         while self.n_done < total and not self._is_over:
-            self.state, loss = self.step(self.state, self.volumes, self.examples)
-            losses.append(loss)
-            self.n_done += 1
+            losses.append(self.step())
             is_judged = bool(self.judged) and (
                 self.n_done % settings.evaluate_every == 0 or self.n_done == total
             )
@@ -547,7 +557,7 @@ class _Run:
                 entry = {
                     "step": self.n_done,
                     "loss": mean,
-                    "learning_rate": float(settings.rate(self.n_done - 1)),
+                    "learning_rate": float(self.rates[self.n_done - 1]),
                     "blocks_per_second": len(losses) * settings.batch / seconds,
                 }
                 if is_judged:
@@ -606,33 +616,46 @@ class _Run:
             "validation_accuracy": self.best.accuracy if is_judged else None,
             "validation_loss": self.best.loss if is_judged else None,
         }
-        return Trained({name: np.array(array) for name, array in params.items()}, record)
+        classifier = Cnn(
+            architecture=self.plan.layers,
+            pattern=self.plan.pattern,
+            window=self.plan.window,
+            params={name: np.array(array) for name, array in params.items()},
+            merge=self.data.class_of,
+            n_classes=self.data.n_classes,
+            standardise=self.plan.standardise,
+            precision=self.settings.precision,
+            device=self.settings.device,
+        )
+        return Trained(classifier, record)
 
 
 # --- parts of a run -------------------------------------------------------------------------------
 
 
-def _optimiser(architecture: Architecture, settings: TrainingSettings) -> Any:
-    """The seed's Adam where the architecture has its penalty, else AdamW with decayed kernels."""
-    steps = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]
-    if architecture.l2:
-        return optax.chain(*steps, optax.adam(settings.rate))
-    decayed = optax.adamw(
-        settings.rate,
-        weight_decay=settings.weight_decay,
-        mask=lambda params: {name: name.endswith(".kernel") for name in params},
-    )
-    return optax.chain(*steps, decayed)
+def _optimiser(layers: Architecture, settings: TrainingSettings) -> Any:
+    """The seed's Adam where the architecture has its penalty, else AdamW with decayed kernels.
+
+    Its updates are still to be multiplied by minus the learning rate.
+    """
+    parts = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]
+    parts.append(optax.scale_by_adam())
+    if not layers.l2:
+        parts.append(optax.add_decayed_weights(settings.weight_decay, _kernels))
+    return optax.chain(*parts)
 
 
-def _with_dropout(architecture: Architecture, rate: float | None) -> Architecture:
+def _kernels(params: Params) -> dict[str, bool]:
+    return {name: name.endswith(".kernel") for name in params}
+
+
+def _with_dropout(layers: Architecture, rate: float | None) -> Architecture:
     if rate is None:
-        return architecture
+        return layers
     head = tuple(
-        replace(layer, rate=rate) if isinstance(layer, Dropout) else layer
-        for layer in architecture.head
+        replace(layer, rate=rate) if isinstance(layer, Dropout) else layer for layer in layers.head
     )
-    return replace(architecture, head=head)
+    return replace(layers, head=head)
 
 
 def _check_mirror(data: TrainingData, settings: TrainingSettings) -> None:
