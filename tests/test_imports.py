@@ -23,6 +23,7 @@ COLUMNS = [
         "models.classifier",
         "models.cnn",
         "models.dense",
+        "models.devices",
         "models.forest",
         "models.network",
     ],

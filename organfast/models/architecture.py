@@ -159,11 +159,11 @@ class Architecture:
                     shapes[f"tower{t}.conv{n}.kernel"] = (*taps, channels[n], layer.features)
                     shapes[f"tower{t}.conv{n}.bias"] = (layer.features,)
         n_in = self.n_flat
-        for n, layer in enumerate((*self.head, Dense(n_labels))):
-            if isinstance(layer, Dense):
-                shapes[f"dense{n}.kernel"] = (n_in, layer.features)
-                shapes[f"dense{n}.bias"] = (layer.features,)
-                n_in = layer.features
+        for n, dense in enumerate((*self.head, Dense(n_labels))):
+            if isinstance(dense, Dense):
+                shapes[f"dense{n}.kernel"] = (n_in, dense.features)
+                shapes[f"dense{n}.bias"] = (dense.features,)
+                n_in = dense.features
         return shapes
 
 
@@ -176,6 +176,10 @@ def n_parameters(described: Architecture, n_labels: int) -> int:
         The layers.
     n_labels : int
         Outputs.
+
+    Returns
+    -------
+    int
 
     >>> n_parameters(architecture("readme", Block(33)), 23)
     1801111

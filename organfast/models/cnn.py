@@ -9,7 +9,7 @@ positions of a slice at once; here are the weights, what they were trained for, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from threading import Lock
@@ -26,7 +26,7 @@ from organfast.models.devices import DEVICES, compilation_cache, find_device
 if TYPE_CHECKING:
     import jax
 
-    from organfast.models.dense import DensePlan
+    from organfast.models.dense import DensePlan, Inputs
 
 __all__ = ["METHODS", "PRECISIONS", "Cnn"]
 
@@ -38,7 +38,7 @@ MAX_CLASSES = 65_535
 _BATCHES = (256, 32)
 # Maps that live at a time in a dense call. The C library gives memory beyond 32 MB back to the
 # system after each call, and new memory is written at a tenth of the speed of used memory.
-_MAPS_BYTES = 12 << 20
+_MAPS_BYTES = 16 << 20
 # A product in a dense program takes this many times as long as one in a batch of blocks.
 _DENSE_COST = 1.0
 
@@ -163,7 +163,7 @@ class Cnn:
         return {**self.params, "merge": self.merge}
 
     def to_dict(self) -> dict[str, Any]:
-        """What a model file's header says of it, as JSON would hold it; the pattern stands beside."""
+        """As JSON would hold it, without weights, pattern and classes."""
         return {
             "architecture": self.architecture.name,
             "window": list(self.window),
@@ -340,6 +340,14 @@ class Cnn:
         return _equal_parts(shape[0], 1 + (_MAPS_BYTES - one) // max(1, two - one))
 
     @cached_property
+    def _inputs(self) -> Inputs:
+        from organfast.models.dense import Inputs
+
+        return Inputs(
+            self.architecture, self.pattern, self.window, self.standardise, self.precision
+        )
+
+    @cached_property
     def _device(self) -> jax.Device:
         return find_device(self.device)
 
@@ -349,12 +357,15 @@ class Cnn:
         import jax
 
         is_of = (self.merge[:, None] == np.arange(self.n_classes)).astype(np.float32)
-        return jax.device_put((dict(self.params), is_of), self._device)
+        weights: tuple[dict[str, jax.Array], jax.Array] = jax.device_put(
+            (dict(self.params), is_of), self._device
+        )
+        return weights
 
     def _program(self, kind: str, shape: tuple[int, ...], geometry: tuple[int, ...]) -> Any:
         with _lock:  # another thread may be about to compile the same
             return _program(
-                (self.architecture, self.pattern, self.window, self.standardise, self.precision),
+                self._inputs,
                 (self.n_labels, self.n_classes),
                 self._device,
                 kind,
@@ -376,7 +387,7 @@ class Cnn:
 
 @lru_cache(maxsize=64)
 def _program(
-    network: tuple[Architecture, Block, tuple[float, float], bool, str],
+    inputs: Inputs,
     n_outputs: tuple[int, int],
     device: jax.Device,
     kind: str,
@@ -387,17 +398,23 @@ def _program(
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from organfast.models import dense
+    from organfast.models.dense import (
+        block_grid_probabilities,
+        dense_grid_probabilities,
+        position_probabilities,
+    )
 
     compilation_cache()
-    described, block, *options = network
-    programs = {
-        "positions": dense.position_probabilities,
-        "blocks": dense.block_grid_probabilities,
-        "dense": dense.dense_grid_probabilities,
+    programs: dict[str, Callable[..., jax.Array]] = {
+        "positions": position_probabilities,
+        "blocks": block_grid_probabilities,
+        "dense": dense_grid_probabilities,
     }
     arguments = (
-        {name: (s, np.float32) for name, s in described.parameter_shapes(n_outputs[0]).items()},
+        {
+            name: (s, np.float32)
+            for name, s in inputs.described.parameter_shapes(n_outputs[0]).items()
+        },
         (n_outputs, np.float32),
         (shape, np.int16),
         ((geometry[0], 3) if kind == "positions" else (2,), np.int32),
@@ -408,7 +425,6 @@ def _program(
         arguments,
         is_leaf=lambda a: isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], tuple),
     )
-    inputs = dense.Inputs(described, block, *options)
     traced = partial(programs[kind], inputs)
     if kind != "positions":
         traced = partial(traced, (geometry[:2], geometry[2:]))

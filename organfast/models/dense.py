@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from math import gcd, prod
+from itertools import groupby, pairwise
+from math import gcd, lcm, prod
 from typing import Any
 
 import jax
@@ -142,8 +142,9 @@ def _axis_runs(
     """Runs before the first layer and after each, for n positions along an axis."""
     reach = stride * (n - 1)
     step = gcd(stride, width)
-    runs = (Run(0, size, step, (reach + width * (size - 1)) // step + 1),)
-    found, apart = [runs], width  # voxels between neighbouring outputs
+    runs: tuple[Run, ...] = (Run(0, size, step, (reach + width * (size - 1)) // step + 1),)
+    found: list[tuple[Run, ...]] = [runs]
+    apart = width  # voxels between neighbouring outputs
     for window in windows:
         run_of = {u: r for r, run in enumerate(runs) for u in range(run.first, run.last)}
         reads = [
@@ -250,7 +251,7 @@ class DensePlan:
                 for n in range(len(channels))
             ]
             sizes.append(prod(self.shape) * self.described.n_flat)
-            most = max(most, *(a + b for a, b in zip(sizes, sizes[1:], strict=False)))
+            most = max(most, *(a + b for a, b in pairwise(sizes)))
         return most
 
 
@@ -275,11 +276,19 @@ def block_products(described: Architecture, block: Block, n_labels: int) -> int:
     n_labels : int
         Outputs.
 
+    Returns
+    -------
+    int
+
     >>> from organfast.models.architecture import architecture
     >>> block_products(architecture("readme", Block(33)), Block(33), 23)
-    4070692
+    3855884
     """
-    return DensePlan(described, block, (1, 1), (1, 1)).products(n_labels)
+    # One position, and a stride by which no place comes between its outputs.
+    apart = lcm(*block.levels)
+    for tower in range(len(described.towers)):
+        apart *= prod(window.stride for window in _windows(described, tower))
+    return DensePlan(described, block, (apart, apart), (1, 1)).products(n_labels)
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -348,7 +357,7 @@ def _tower_flat(
                 at: jax.nn.relu(_convolved(maps, row, col, kernel, precision) + bias)
                 for at, row, col in pairs
             }
-    (row,), (col,) = rows[-1], cols[-1]
+    row, col = rows[-1][0], cols[-1][0]
     taps = [x[0] for x in _shifted(maps, row, col)]
     return jnp.concatenate(taps, axis=2).reshape(row.n * col.n, -1)
 
@@ -546,4 +555,6 @@ def dense_grid_probabilities(
 
 def _exact(inputs: Inputs) -> AbstractContextManager[Any]:
     """float32 is float32: GPUs would round the factors of products to 10 bits."""
-    return jax.default_matmul_precision("highest" if inputs.precision == "float32" else "default")
+    precision = "highest" if inputs.precision == "float32" else "default"
+    context: AbstractContextManager[Any] = jax.default_matmul_precision(precision)
+    return context
