@@ -385,7 +385,7 @@ def _accuracy(trained: Trained, case: TrainingCase, label: int | None = None) ->
 
 
 def test_a_small_network_learns_what_was_painted(painted: TrainingData) -> None:
-    settings = replace(QUICK, steps=150, batch=64, evaluate_every=50)
+    settings = replace(QUICK, steps=150, evaluate_every=50)
     trained = train_network(painted, PLAN, settings)
     assert _accuracy(trained, _painted("d", 9)) > 0.9
     of_classes = [_accuracy(trained, painted.validation[0], label) for label in range(4)]
@@ -466,7 +466,7 @@ def test_a_folder_of_something_else_is_left_alone(painted: TrainingData, tmp_pat
 
 def test_training_stops_when_nothing_gets_better_and_keeps_the_best(painted: TrainingData) -> None:
     entries: list[Any] = []
-    settings = replace(QUICK, steps=400, learning_rate=0.3, clip=None, patience=3)
+    settings = replace(QUICK, steps=400, learning_rate=0.3, patience=3)
     trained = train_network(painted, PLAN, settings, outputs=TrainingOutputs(report=entries.append))
     judged = [entry for entry in entries if "validation_accuracy" in entry]
     assert trained.record["n_steps"] < 400
@@ -475,8 +475,6 @@ def test_training_stops_when_nothing_gets_better_and_keeps_the_best(painted: Tra
     assert judged.index(best) == len(judged) - 4
     assert trained.record["best_step"] == best["step"] == trained.record["n_steps"] - 15
     assert trained.record["validation_accuracy"] == best["validation_accuracy"]
-    again = train_network(painted, PLAN, replace(settings, patience=100, steps=400))
-    assert again.record["n_steps"] == 400
 
 
 def test_without_validation_patients_the_last_weights_are_kept(painted: TrainingData) -> None:
@@ -489,7 +487,7 @@ def test_without_validation_patients_the_last_weights_are_kept(painted: Training
 def test_labels_are_summed_into_classes_when_judged(painted: TrainingData) -> None:
     """Two labels of one class: what matters is the class."""
     merged = replace(painted, n_classes=2, merge=np.array([0, 0, 1, 1]))
-    settings = replace(QUICK, steps=100, batch=64, evaluate_every=50)
+    settings = replace(QUICK, steps=100, evaluate_every=50)
     trained = train_network(merged, PLAN, settings)
     assert trained.classifier.params["dense2.bias"].shape == (4,)
     assert trained.record["validation_accuracy"] > 0.9
@@ -548,7 +546,7 @@ def test_one_step_equals_the_optimiser_written_out(painted: TrainingData, name: 
 
 
 def test_bfloat16_learns_as_well(painted: TrainingData) -> None:
-    settings = replace(QUICK, steps=100, batch=64, precision="bfloat16", evaluate_every=50)
+    settings = replace(QUICK, steps=100, precision="bfloat16", evaluate_every=50)
     assert train_network(painted, PLAN, settings).record["validation_accuracy"] > 0.9
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from os import PathLike
@@ -98,7 +97,6 @@ def _orbax() -> Any:
             "checkpoints need orbax-checkpoint; install organfast[cnn], or train without a "
             "checkpoint folder"
         ) from None
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every file it writes
     return orbax.checkpoint
 
 

@@ -26,7 +26,7 @@ from organfast.models.devices import DEVICES, compilation_cache, find_device
 if TYPE_CHECKING:
     import jax
 
-    from organfast.models.dense import DensePlan, Inputs
+    from organfast.models.dense import Inputs
 
 __all__ = ["METHODS", "PRECISIONS", "Cnn"]
 
@@ -38,9 +38,8 @@ MAX_CLASSES = 65_535
 _BATCHES = (256, 32)
 # Maps that live at a time in a dense call. The C library gives memory beyond 32 MB back to the
 # system after each call, and new memory is written at a tenth of the speed of used memory.
-_MAPS_BYTES = 16 << 20
-# A product in a dense program takes this many times as long as one in a batch of blocks.
-_DENSE_COST = 1.0
+_CACHED_BYTES = 16 << 20
+_MOST_BYTES = 128 << 20
 
 _lock = Lock()
 
@@ -257,7 +256,7 @@ class Cnn:
         out : (n_i, n_j, n_classes) float32
             Receives the probabilities; its shape says how many positions there are.
         method : {"auto", "dense", "blocks"}
-            How: "auto" is dense where that takes fewer operations.
+            How: "auto" is dense where that takes fewer operations; they run at about one speed.
 
         Raises
         ------
@@ -306,8 +305,7 @@ class Cnn:
         """
         from organfast.models.dense import block_products
 
-        rows = self._dense_rows(stride, shape)
-        dense = self._plan(stride, (rows, shape[1])).products(self.n_labels) / (rows * shape[1])
+        _, dense = self._dense_parts(stride, shape)
         return dense, float(block_products(self.architecture, self.pattern, self.n_labels))
 
     # --- how ---
@@ -325,19 +323,16 @@ class Cnn:
             method = "blocks"
         if method == "auto":
             dense, block = self.products_per_position(stride, shape)
-            method = "dense" if dense * _DENSE_COST < block else "blocks"
+            method = "dense" if dense < block else "blocks"
         if method == "dense":
-            return method, self._dense_rows(stride, shape)
+            return method, self._dense_parts(stride, shape)[0]
         return method, _equal_parts(shape[0], _BATCHES[0] // shape[1])
 
-    def _plan(self, stride: tuple[int, int], shape: tuple[int, int]) -> DensePlan:
-        from organfast.models.dense import DensePlan
+    def _dense_parts(self, stride: tuple[int, int], shape: tuple[int, int]) -> tuple[int, float]:
+        from organfast.models.dense import DensePlan, rows_together
 
-        return DensePlan(self.architecture, self.pattern, stride, shape)
-
-    def _dense_rows(self, stride: tuple[int, int], shape: tuple[int, int]) -> int:
-        one, two = (4 * self._plan(stride, (n, shape[1])).floats for n in (1, 2))
-        return _equal_parts(shape[0], 1 + (_MAPS_BYTES - one) // max(1, two - one))
+        whole = DensePlan(self.architecture, self.pattern, stride, shape)
+        return rows_together(whole, self.n_labels, _CACHED_BYTES, _MOST_BYTES)
 
     @cached_property
     def _inputs(self) -> Inputs:

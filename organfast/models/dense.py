@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from math import gcd, lcm, prod
 from typing import Any
@@ -55,9 +55,11 @@ __all__ = [
     "dense_grid_probabilities",
     "dense_logits",
     "position_probabilities",
+    "rows_together",
 ]
 
-# Runs of so few outputs are taken apart where neighbouring blocks share none of them.
+# Runs of so few outputs are taken apart where a map of each, at the positions alone, is less work
+# than one of all. Of more, their many small convolutions would take long to compile.
 _MOST_APART = 4
 _FLOAT_BYTES = 4
 
@@ -155,8 +157,9 @@ def _axis_runs(
         made: list[Run] = []
         for _, same in groupby(range(window.n_out), key=reads.__getitem__):
             outputs = list(same)
-            unshared = len(outputs) < stride // step and len(outputs) <= _MOST_APART
-            for group in [[u] for u in outputs] if unshared else [outputs]:
+            length = (reach + apart * window.stride * (len(outputs) - 1)) // step + 1
+            is_apart = len(outputs) <= _MOST_APART and n * len(outputs) <= length
+            for group in [[u] for u in outputs] if is_apart else [outputs]:
                 places = step if len(group) > 1 else stride
                 length = (reach + apart * window.stride * (len(group) - 1)) // places + 1
                 taps = tuple(_taps(window, reads[group[0]], group[0], runs, apart, places))
@@ -253,6 +256,48 @@ class DensePlan:
             sizes.append(prod(self.shape) * self.described.n_flat)
             most = max(most, *(a + b for a, b in pairwise(sizes)))
         return most
+
+
+@lru_cache(maxsize=64)
+def rows_together(
+    whole: DensePlan, n_labels: int, cached_bytes: int, most_bytes: int
+) -> tuple[int, float]:
+    """In what parts a grid of positions is best evaluated, and the work then.
+
+    Parts of fewer rows repeat more of what lies between two of them; parts of more fill memory that
+    is slow, which is worth half as many products again.
+
+    Parameters
+    ----------
+    whole : DensePlan
+        The whole grid.
+    n_labels : int
+        Outputs.
+    cached_bytes : int
+        Maps of this size are fast.
+    most_bytes : int
+        Maps shall not be larger, if rows of positions one by one allow that.
+
+    Returns
+    -------
+    rows : int
+        Rows of positions in a part.
+    products : float
+        Multiplications per position.
+    """
+    n_rows, n_cols = whole.shape
+    best = (0.0, 0, 0.0)
+    n_parts = 1
+    while best[1] == 0 or n_parts <= n_rows:
+        rows = -(-n_rows // n_parts)
+        part = DensePlan(whole.described, whole.block, whole.stride, (rows, n_cols))
+        held, products = _FLOAT_BYTES * part.floats, part.products(n_labels) / (rows * n_cols)
+        products *= rows * -(-n_rows // rows) / n_rows  # the last part overlaps
+        cost = products if held <= cached_bytes else 1.5 * products
+        if (held <= most_bytes or rows == 1) and (best[1] == 0 or cost < best[0]):
+            best = (cost, rows, products)
+        n_parts = max(n_parts + 1, n_parts * 5 // 4)
+    return best[1:]
 
 
 def _head_products(described: Architecture, n_labels: int) -> int:
