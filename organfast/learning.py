@@ -52,7 +52,7 @@ from organfast.sampling import (
 )
 from organfast.workers import Workers
 
-__all__ = ["Recipe", "Sampling", "train"]
+__all__ = ["Recipe", "Sampling", "case_digests", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
 WORKING_STRIDE = (2, 3, 3)
@@ -376,7 +376,7 @@ def _training_set(
             features.append(features_at(version.scan.grid_volume, pattern, positions, jitter))
             labels.append(drawn)
         spacings.append(scan.grid_volume.spacing_mm)
-        digests[case.name] = _case_digests(case)
+        digests[case.name] = case_digests(case)
         warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
     progress("reading cases", len(cases), len(cases))
     counts = np.stack([np.bincount(y, minlength=len(fine.names)) for y in labels])
@@ -520,8 +520,19 @@ def _block_scores(
     }
 
 
-def _case_digests(case: Case) -> dict[str, str]:
-    """What went into the model, without any path or name of a file."""
+def case_digests(case: Case) -> dict[str, str]:
+    """What a case is, without any path or name of a file: sha256 of its image and of its labels.
+
+    Parameters
+    ----------
+    case : Case
+        Of ``find_cases``.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read.
+    """
     labels = [case.labels.path] if isinstance(case.labels, LabelMap) else case.labels.paths.values()
     together = sha256("".join(file_digest(path) for path in labels).encode())
     return {"image": file_digest(case.image), "labels": together.hexdigest()}

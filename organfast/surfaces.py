@@ -32,10 +32,11 @@ class SurfaceGaps:
 
     Parameters
     ----------
-    truth_mm, predicted_mm : (n_t,), (n_p,) float32, mm
-        From each corner of the true (predicted) surface to the nearest of the other.
-    truth_area, predicted_area : (n_t,), (n_p,) float32, mm2
-        Area of the surface at each corner.
+    truth_mm, truth_area : (n_t,) float32, mm and mm2
+        From each corner of the true surface to the nearest of the other, and the area of the
+        surface at that corner.
+    predicted_mm, predicted_area : (n_p,) float32, mm and mm2
+        The same of the predicted surface.
     """
 
     truth_mm: NDArray[np.float32]

@@ -20,8 +20,8 @@ COLUMNS = [
     ["blocks", "sampling", "augmentation"],
     ["models.classifier", "models.forest"],
     ["probability", "refinement"],
-    ["segmentation", "organs", "metrics", "overlay"],
-    ["results", "learning", "pipeline", "verification"],
+    ["segmentation", "organs", "metrics", "overlay", "scorebook"],
+    ["results", "learning", "pipeline", "verification", "evaluation"],
     ["bench", "benchcases", "benchforest", "benchscan", "demo"],
     ["cli"],
 ]
