@@ -240,7 +240,9 @@ def cross_validate(
     run = _Run(scoring, shelf, threads, progress, sum(map(len, tested)))
     how = {"pattern": pattern.to_dict(), "recipe": _fingerprint(recipe)}
     for fold, (split, cases) in enumerate(zip(splits, tested, strict=True)):
-        run.score(cases, _Learned(dataset, pattern, replace(recipe, split=split), run), fold)
+        # Training is not told whom it is tested on: it would score blocks of them, too.
+        untested = replace(recipe, split=Split(split.train))
+        run.score(cases, _Learned(dataset, pattern, untested, run), fold)
     record = {
         **how,
         "folds": [{"train": list(s.train), "test": list(s.test)} for s in splits],

@@ -9,7 +9,7 @@ A mask ends at the border of its map.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import numpy as np
@@ -147,11 +147,16 @@ def surface_areas(spacing_mm: Spacing) -> Floats:
     """
     if len(spacing_mm) != 3 or not all(step > 0 for step in spacing_mm):
         raise ValueError(f"spacing {spacing_mm} is not three lengths above 0 mm")
+    return _areas((float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2]))).copy()
+
+
+@lru_cache(maxsize=16)
+def _areas(spacing_mm: Spacing) -> Floats:
     areas = np.zeros(256)
     for code, polygons in enumerate(_polygons()):
         for polygon in polygons:
             on_unit = _fans(polygon)
-            fans = _fans(polygon * np.asarray(spacing_mm, np.float64))
+            fans = _fans(polygon * spacing_mm)
             areas[code] += fans[on_unit > on_unit.max() - 1e-9].mean()
     return areas
 
