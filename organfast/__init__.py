@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from organfast.blocks import block_views as block_views
     from organfast.blocks import gather_blocks as gather_blocks
     from organfast.errors import InputError as InputError
+    from organfast.evaluation import Scoring as Scoring
+    from organfast.evaluation import cross_validate as cross_validate
+    from organfast.evaluation import evaluate as evaluate
     from organfast.grid import ModelGrid as ModelGrid
     from organfast.layouts import find_cases as find_cases
     from organfast.learning import Recipe as Recipe
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from organfast.refinement import Refine as Refine
     from organfast.results import Result as Result
     from organfast.sampling import Split as Split
+    from organfast.scorebook import Evaluation as Evaluation
     from organfast.segmentation import Cleaning as Cleaning
     from organfast.volume import Volume as Volume
 
@@ -46,6 +50,7 @@ _HOMES = {
     "ClassTable": "organfast.anatomy",
     "Cleaning": "organfast.segmentation",
     "Context": "organfast.blocks",
+    "Evaluation": "organfast.scorebook",
     "ForestSettings": "organfast.models.forest",
     "InputError": "organfast.errors",
     "Model": "organfast.models.classifier",
@@ -55,12 +60,15 @@ _HOMES = {
     "Refine": "organfast.refinement",
     "Result": "organfast.results",
     "Sampling": "organfast.learning",
+    "Scoring": "organfast.evaluation",
     "Settings": "organfast.pipeline",
     "Split": "organfast.sampling",
     "Structure": "organfast.anatomy",
     "Volume": "organfast.volume",
     "block_views": "organfast.blocks",
+    "cross_validate": "organfast.evaluation",
     "enlarge": "organfast.probability",
+    "evaluate": "organfast.evaluation",
     "find_cases": "organfast.layouts",
     "gather_blocks": "organfast.blocks",
     "load_model": "organfast.models.classifier",
@@ -78,6 +86,7 @@ __all__ = [
     "ClassTable",
     "Cleaning",
     "Context",
+    "Evaluation",
     "ForestSettings",
     "InputError",
     "Model",
@@ -87,12 +96,15 @@ __all__ = [
     "Refine",
     "Result",
     "Sampling",
+    "Scoring",
     "Settings",
     "Split",
     "Structure",
     "Volume",
     "block_views",
+    "cross_validate",
     "enlarge",
+    "evaluate",
     "find_cases",
     "gather_blocks",
     "load_model",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from organfast.refinement import Refine
     from organfast.results import Result
     from organfast.sampling import Split
+    from organfast.scorebook import Evaluation
+    from organfast.statistics import PairedComparison
     from organfast.verification import Verification
 
 EXIT_INPUT, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
@@ -414,6 +416,140 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(help="Folder of labelled scans.")],
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="A .organfast file to evaluate.")
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, help="Learn as often, and test each patient once, unseen."),
+    ] = None,
+    leave_one_out: Annotated[
+        bool, typer.Option("--leave-one-out", help="As many folds as patients.")
+    ] = False,
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON of patients, or nnU-Net's splits_final.json. With -m, those to test; "
+            "without, the folds themselves."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for evaluation.json, evaluation.csv, and what a run that was stopped "
+            "goes on from.",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With -m: another model to compare on the same patients.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of the surface Dice, mm.")] = 2.0,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="Blocks per class and case to judge by themselves.")
+    ] = 200,
+    block_size: Annotated[
+        int | None, typer.Option(help="Folds learn from blocks of this side, not from context.")
+    ] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Widths of the box averages a block is read from.")
+    ] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Working grid of the folds, X,Y,Z in mm, or `native`.")
+    ] = "1.5,1.5,3",
+    classes: Annotated[
+        str, typer.Option(help="What the folds learn: `default`, `dataset`, or a CSV.")
+    ] = "default",
+    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    n_per_class: Annotated[
+        int, typer.Option(min=1, help="Blocks per class and patient that folds learn from.")
+    ] = 1000,
+    trees: Annotated[int, typer.Option(min=1, help="Trees of the folds' forests.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model, or folds of models, on labelled scans; means with 95 % intervals.
+
+    Give one of --model, --folds, --leave-one-out and --split. Intervals are bootstrapped over
+    patients. An organ that a case does not annotate is not scored there.
+    """
+    from organfast.blocks import Block
+    from organfast.evaluation import (
+        Scoring,
+        cross_validate,
+        read_folds,
+        save_evaluation,
+    )
+    from organfast.evaluation import evaluate as score
+    from organfast.grid import ModelGrid
+    from organfast.layouts import find_cases
+    from organfast.learning import Recipe
+    from organfast.models.forest import ForestSettings
+    from organfast.scorebook import compare
+
+    ways = {"--model": model, "--folds": folds, "--leave-one-out": leave_one_out or None}
+    chosen = [flag for flag, value in ways.items() if value is not None]
+    if len(chosen) > 1 or not (chosen or split) or (split and chosen not in ([], ["--model"])):
+        given = " and ".join([*chosen, *(["--split"] if split else [])]) or "none of them"
+        raise ValueError(
+            f"give one of --model, --folds, --leave-one-out and --split, not {given}; "
+            "--split goes with --model, too"
+        )
+    if against is not None and model is None:
+        raise ValueError("--against compares with a model; give --model as well")
+    if levels is not None and block_size is None:
+        raise ValueError("--levels is about a block; give --block-size as well")
+    found = find_cases(dataset, layout)
+    scoring = Scoring(tolerance_mm=tolerance, n_blocks=blocks, seed=seed)
+    splits = None if split is None else read_folds(split, found)
+    other = None
+    with _progress() as progress:
+        if model is not None:
+            tested = None if splits is None else {p for s in splits for p in s.test}
+            evaluation = score(
+                model, found, scoring, tested, out, threads=threads, progress=progress
+            )
+            if against is not None:
+                other = score(
+                    against, found, scoring, tested, out, threads=threads, progress=progress
+                )
+        else:
+            spacing_mm = None if spacing == "native" else _three_lengths(spacing)
+            recipe = Recipe(
+                grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
+                n_per_class=n_per_class,
+                forest=ForestSettings(n_trees=trees, seed=seed),
+                classes=_classes(classes, found),
+                seed=seed,
+            )
+            widths = _integers("--levels", "1" if levels is None else levels)
+            pattern = None if block_size is None else Block(block_size, levels=widths)
+            evaluation = cross_validate(
+                found,
+                pattern,
+                recipe,
+                splits or folds or "leave-one-out",
+                scoring,
+                out,
+                threads=threads,
+                progress=progress,
+            )
+    if out is not None:
+        save_evaluation(evaluation, out)
+        if other is not None:
+            save_evaluation(other, out / "against")
+    compared = None if other is None else compare(evaluation, other)
+    _evaluated(evaluation, other, compared, as_json=as_json)
+    failed = [f for e in (evaluation, other) if e is not None for f in e.failures]
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED if evaluation.cases else EXIT_INPUT)
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A .organfast model, or a folder of scans.")],
     layout: Layout = "auto",
@@ -767,6 +903,46 @@ def _verified(found: Verification) -> None:
     print(f"  {_percent(in_organs)} of those that are an organ in either")
     print(f"positions asked: {found.asked[1]} of {found.asked[0]}, {_percent(found.share_asked)}")
     print(f"classified in {short:.2f} s instead of {full:.2f} s: {found.time_ratio:.1f}x as fast")
+
+
+def _evaluated(
+    evaluation: Evaluation,
+    other: Evaluation | None,
+    compared: dict[str, PairedComparison] | None,
+    *,
+    as_json: bool,
+) -> None:
+    from organfast.scorebook import comparison_rows, summary_rows
+
+    for one in (evaluation, *(() if other is None else (other,))):
+        for failure in one.failures:
+            _complain(failure.reason)
+        if one.trained_on:
+            _complain(
+                f"warning: the model was trained on {', '.join(one.trained_on)}: scores of these "
+                "say nothing of new scans"
+            )
+    if as_json:
+        content = evaluation.to_dict()
+        if compared is not None:
+            content["comparison"] = {name: found.to_dict() for name, found in compared.items()}
+        _json(content)
+        return
+    level = evaluation.how["level"]
+    patients = len(evaluation.patients)
+    print(f"{patients} patients, {len(evaluation.cases)} cases; mean [{level:.0%} interval]\n")
+    _table(*summary_rows(evaluation))
+    if evaluation.blocks is not None:
+        from organfast.metrics import accuracy
+
+        blocks = evaluation.blocks
+        print(
+            f"\n{int(blocks.counts.sum())} balanced blocks: {accuracy(blocks.counts):.1%} right, "
+            f"expected calibration error {blocks.reliability.expected_error:.3f}"
+        )
+    if compared is not None:
+        print("\nDice of the other model less this one's:\n")
+        _table(*comparison_rows(compared, level))
 
 
 def _percent(share: float | None) -> str:

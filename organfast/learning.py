@@ -57,7 +57,7 @@ from organfast.sampling import (
 )
 from organfast.workers import Workers
 
-__all__ = ["Recipe", "Sampling", "train"]
+__all__ = ["Recipe", "Sampling", "case_digests", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
 APART_MM = (4.5, 4.5, 6.0)
@@ -452,7 +452,7 @@ class _Source:
                 take(case, version, positions, drawn)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
             spacings.append(scan.grid_volume.spacing_mm)
-            digests[case.name] = _case_digests(case)
+            digests[case.name] = case_digests(case)
             warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
         self.progress("reading cases", len(cases), len(cases))
         return {
@@ -659,8 +659,19 @@ def _block_scores(
     }
 
 
-def _case_digests(case: Case) -> dict[str, str]:
-    """What went into the model, without any path or name of a file."""
+def case_digests(case: Case) -> dict[str, str]:
+    """What a case is, without any path or name of a file: sha256 of its image and of its labels.
+
+    Parameters
+    ----------
+    case : Case
+        Of ``find_cases``.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read.
+    """
     labels = case.labels.paths.values() if isinstance(case.labels, Masks) else [case.labels.path]
     together = sha256("".join(file_digest(path) for path in labels).encode())
     return {"image": file_digest(case.image), "labels": together.hexdigest()}

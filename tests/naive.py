@@ -760,3 +760,85 @@ def cnn_probabilities(described, params, inputs, merge, n_classes):
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     return np.stack([p[:, np.asarray(merge) == c].sum(axis=1) for c in range(n_classes)], axis=1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def pair_statistics(truth, predicted, n_classes):
+    """Confusion, and of both maps index sums and half-open boxes, one voxel at a time."""
+    counts = overlap(truth, predicted, n_classes)
+    nothing = np.zeros(truth.shape, np.uint8)
+    both = [label_statistics(labels, nothing, n_classes) for labels in (truth, predicted)]
+    return counts, np.stack([s[1] for s in both]), np.stack([s[2] for s in both])
+
+
+def confidence_counts(truth, predicted, confidence, judged):
+    """By confidence, voxels predicted to be one of the judged labels, and those that are right."""
+    counts = np.zeros((2, 256), np.int64)
+    for t, p, c in zip(truth.ravel(), predicted.ravel(), confidence.ravel(), strict=True):
+        if judged[p]:
+            counts[0, c] += 1
+            counts[1, c] += t == p
+    return counts
+
+
+def corner_codes(inside):
+    """Which of the eight voxels around each corner are inside; beyond the map nothing is."""
+    padded = np.pad(inside, 1).astype(int)
+    codes = np.zeros([n + 1 for n in inside.shape], np.uint8)
+    for k, i, j in np.ndindex(codes.shape):
+        around = padded[k : k + 2, i : i + 2, j : j + 2].ravel()
+        codes[k, i, j] = sum(bit << n for n, bit in enumerate(around))
+    return codes
+
+
+def surface_points(codes, spacing):
+    """(n, 3) mm, in the order of memory."""
+    return np.argwhere((codes > 0) & (codes < 255)) * np.asarray(spacing, float)
+
+
+def squared_in_planes(codes, step_i, step_j):
+    """Squared distance to the nearest point of the surface in the same plane; inf without one."""
+    squared = np.full(codes.shape, np.inf)
+    for k, plane in enumerate(codes):
+        points = np.argwhere((plane > 0) & (plane < 255)) * [step_i, step_j]
+        for place in np.ndindex(plane.shape):
+            away = points - np.array(place) * [step_i, step_j]
+            squared[k][place] = min((away**2).sum(axis=1), default=np.inf)
+    return squared
+
+
+def gaps_to(points, others):
+    """Distance of each point to the nearest of the others, all pairs looked at."""
+    return np.array([np.sqrt(((others - point) ** 2).sum(axis=1)).min() for point in points])
+
+
+def weighted_percentile(gaps, weights, share):
+    """The smallest gap at which the gaps no greater have this share of the weight."""
+    order = np.argsort(gaps, kind="stable")
+    reached = np.cumsum(weights[order].astype(float))
+    return gaps[order][np.argmax(reached >= share * reached[-1])]
+
+
+def mixed(state):
+    """SplitMix64's output, in Python's own numbers."""
+    z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def bootstrap_means(values, seed, first, n_resamples):
+    """Means of rows drawn with replacement, NaN left out."""
+    step = 0x9E3779B97F4A7C15
+    means = np.full((n_resamples, values.shape[1]), np.nan)
+    for r in range(n_resamples):
+        state = mixed((mixed(seed) + step * (first + r + 1)) % 2**64)
+        rows = []
+        for _ in range(len(values)):
+            state = (state + step) % 2**64
+            rows.append((mixed(state) >> 32) * len(values) >> 32)
+        for column, drawn in enumerate(values[rows].T):
+            if not np.isnan(drawn).all():
+                means[r, column] = np.nanmean(drawn)
+    return means

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
-    ["errors", "progress", "workers"],
+    ["errors", "progress", "workers", "surfaces", "statistics", "calibration"],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
@@ -34,8 +34,17 @@ COLUMNS = [
         "models.training",
     ],
     ["probability", "refinement"],
-    ["segmentation", "organs", "metrics", "overlay"],
-    ["results", "blocklearning", "learning", "pipeline", "verification", "doctor"],
+    ["segmentation", "organs", "metrics", "overlay", "scorebook"],
+    [
+        "results",
+        "blocklearning",
+        "networklearning",
+        "learning",
+        "pipeline",
+        "verification",
+        "doctor",
+        "evaluation",
+    ],
     ["bench", "benchcases", "benchforest", "benchscan", "demo"],
     ["cli"],
 ]
