@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from organfast.anatomy import ClassTable
     from organfast.layouts import Dataset
     from organfast.models.classifier import Model
+    from organfast.networklearning import NetworkRecipe
     from organfast.organs import Organ
     from organfast.pipeline import Settings
     from organfast.progress import Progress
@@ -76,6 +77,9 @@ Margin = Annotated[
 Layout = Annotated[
     str,
     typer.Option(help="auto, totalsegmentator, visceral, nnunet, msd, pairs or blocks."),
+]
+Device = Annotated[
+    str, typer.Option(help="Where a network runs: auto, cpu or gpu. Forests run on the CPU.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
@@ -152,13 +156,17 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to fill.")] = Path("demo"),
     patients: Annotated[int, typer.Option(min=1, help="Phantom patients to paint.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the cohort and of the forest.")] = 0,
+    cnn: Annotated[
+        bool, typer.Option("--cnn", help="Learn a network instead of a forest: some minutes more.")
+    ] = False,
     threads: Threads = 2,
 ) -> None:
     """Paint a phantom cohort, learn from it, segment a scan that was not in it. Works offline."""
     from organfast.demo import run_demo
 
+    kind = "cnn" if cnn else "forest"
     with _progress() as progress:
-        scores = run_demo(out, patients, seed, threads=threads, progress=progress)
+        scores = run_demo(out, patients, seed, kind=kind, threads=threads, progress=progress)
     rows = [
         (s.name, f"{s.volume_ml:.0f}", _number(s.dice, 2), _number(s.centre_error_mm, 0))
         for s in scores
@@ -181,7 +189,7 @@ def train(
         int | None,
         typer.Option(
             help="Learn from blocks with this side, odd, in voxels. Default: from 3-D context, "
-            "or blocks of 33 on native pixels."
+            "or blocks of 33 on native pixels; a cnn of towers from 17 on three levels."
         ),
     ] = None,
     levels: Annotated[
@@ -193,7 +201,7 @@ def train(
         str | None,
         typer.Option(
             help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels. "
-            "Default: 1.5,1.5,3, or native for a dataset of blocks."
+            "Default: 1.5,1.5,3, or 3,3,3 for a cnn, or native for a dataset of blocks."
         ),
     ] = None,
     classes: Annotated[
@@ -233,6 +241,24 @@ def train(
         str | None,
         typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
     ] = None,
+    model: Annotated[str, typer.Option(help="forest or cnn, a convolutional network.")] = "forest",
+    architecture: Annotated[
+        str, typer.Option(help="Of a cnn: towers, or the seed's readme and readme-pool.")
+    ] = "towers",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a cnn: batches learned from, at most.")
+    ] = None,
+    standardise: Annotated[
+        bool, typer.Option("--standardise", help="Of a cnn: mean 0, deviation 1 in each block.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Of a cnn: folder of checkpoints, from the latest of which it goes on."),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Of a cnn: file that gets a line of JSON every ten steps.")
+    ] = None,
+    device: Device = "auto",
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="extra_trees or random_forest.")] = "extra_trees",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -258,14 +284,17 @@ def train(
         flag = "--slices" if levels is None else "--levels"
         raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
     found = find_cases(dataset, layout)
+    network = _network(model, architecture, steps, standardise, seed, (resume, log, device))
     if spacing is None:
-        spacing = "native" if found.layout == "blocks" else "1.5,1.5,3"
+        usual = "1.5,1.5,3" if network is None else "3,3,3"
+        spacing = "native" if found.layout == "blocks" else usual
     spacing_mm = None if spacing == "native" else _three_lengths(spacing)
     recipe = Recipe(
         grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
         n_per_class=n_per_class,
         context_factor=context_factor,
         forest=ForestSettings(kind=forest, n_trees=trees, seed=seed),
+        network=network,
         classes=_classes(classes, found),
         split=None if split is None else _split(split, found),
         seed=seed,
@@ -275,18 +304,18 @@ def train(
     )
     check_file_target(out)
     with _progress() as progress:
-        model = learn(found, pattern, recipe, threads=threads, progress=progress)
-    save_model(model, out)
-    for warning in model.training["warnings"]:
+        learned = learn(found, pattern, recipe, threads=threads, progress=progress)
+    save_model(learned, out)
+    for warning in learned.training["warnings"]:
         _complain(f"{dataset}: warning: {warning}")
-    for note in model.training.get("notes", ()):
+    for note in learned.training.get("notes", ()):
         _complain(f"{dataset}: note: {note}")
     if as_json:
-        _json({"model": str(out), "digest": model.digest, **_described(model)})
+        _json({"model": str(out), "digest": learned.digest, **_described(learned)})
         return
     n_cases, n_patients = len(found.cases), len(found.patients)
     print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
-    _describe(model)
+    _describe(learned)
     print(f"wrote {out}")
 
 
@@ -323,6 +352,7 @@ def segment(
         ),
     ] = False,
     preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
+    device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -335,7 +365,7 @@ def segment(
     targets = _targets(scans, out)
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
-    loaded = load_model(model)
+    loaded = _on_device(load_model(model), device)
     names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
     for name in wanted:
@@ -365,6 +395,7 @@ def locate(
     scan: Annotated[Path, typer.Option("-i", "--input", help="A scan (.nii, .nii.gz).")],
     model: ModelFile,
     stride: Stride = None,
+    device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -374,7 +405,7 @@ def locate(
     from organfast.pipeline import Settings, half_as_dense
     from organfast.pipeline import segment as find
 
-    loaded = load_model(model)
+    loaded = _on_device(load_model(model), device)
     settings = half_as_dense(Settings(stride=_stride(stride)), loaded)
     result = find(scan, loaded, settings, threads=threads)
     _warn(scan, result.warnings)
@@ -656,6 +687,51 @@ def _stride(text: str | None) -> int | tuple[int, int, int] | None:
     if len(numbers) == 3:
         return numbers[0], numbers[1], numbers[2]
     raise ValueError(f"--stride {text} has {len(numbers)} numbers; give N or COLS,ROWS,SLICES")
+
+
+def _network(
+    model: str,
+    architecture: str,
+    steps: int | None,
+    standardise: bool,
+    seed: int,
+    run: tuple[Path | None, Path | None, str],
+) -> NetworkRecipe | None:
+    """What network to learn, where one is asked for."""
+    if model not in ("forest", "cnn"):
+        raise typer.BadParameter(f"{model!r} is unknown; use forest or cnn", param_hint="--model")
+    resume, log, device = run
+    given = {
+        "--architecture": architecture != "towers",
+        "--steps": steps is not None,
+        "--standardise": standardise,
+        "--resume": resume is not None,
+        "--log": log is not None,
+        "--device": device != "auto",
+    }
+    if model == "forest":
+        for flag, is_given in given.items():
+            if is_given:
+                raise typer.BadParameter("is about a cnn; give --model cnn", param_hint=flag)
+        return None
+    from organfast.networklearning import NetworkRecipe, training_settings
+
+    options = {"seed": seed, "device": device} | ({} if steps is None else {"steps": steps})
+    settings, outputs = training_settings(options, checkpoints=resume, log=log)
+    return NetworkRecipe(architecture, standardise=standardise, training=settings, outputs=outputs)
+
+
+def _on_device(model: Model, device: str) -> Model:
+    """A model whose network runs on a device; a forest runs on the CPU in any case."""
+    from organfast.models.cnn import Cnn
+    from organfast.models.devices import find_device
+
+    if not isinstance(model.classifier, Cnn):
+        if device == "gpu":
+            raise ValueError("the model is a forest, which runs on the CPU; leave --device")
+        return model
+    find_device(device)
+    return replace(model, classifier=replace(model.classifier, device=device))
 
 
 def _refine(coarse_to_fine: bool, margin: float | None) -> Refine | None:
@@ -955,6 +1031,8 @@ def _described(model: Model) -> dict[str, Any]:
         for use, score in model.scores.items()
     }
     return {
+        "classifier": model.kind,
+        **({"network": model.network} if model.network else {}),
         "classes": list(model.classes.names),
         "pattern": model.pattern.to_dict(),
         "grid": model.grid.to_dict(),
@@ -967,6 +1045,9 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _describe(model: Model) -> None:
+    if model.kind == "cnn":
+        of_network = model.training["network"]
+        print(f"cnn: {of_network['n_steps']} steps; stopped {of_network['stopped']}")
     print(f"{len(model.classes)} classes, {model.training['n_examples']} blocks")
     if not model.scores:
         print("no patient was held out, so there is no score; give --split or more patients")

@@ -5,8 +5,10 @@ Nothing here imports JAX before a network is trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from organfast.models.cnn import Cnn
     from organfast.models.training import TrainingOutputs, TrainingSettings
 
-__all__ = ["DrawnCase", "NetworkRecipe", "learned_network"]
+__all__ = ["DrawnCase", "NetworkRecipe", "learned_network", "training_settings"]
 
 # Ends of the window in integers of the grid's HU table: soft tissue on native pixels; air to dense
 # bone on a working grid, whose piecewise table spreads soft tissue already.
@@ -104,6 +106,44 @@ class NetworkRecipe:
         return _WINDOWS[grid.hu_table] if self.window is None else self.window
 
 
+def training_settings(
+    options: Mapping[str, Any],
+    *,
+    checkpoints: PathLike[str] | None = None,
+    log: PathLike[str] | None = None,
+) -> tuple[TrainingSettings, TrainingOutputs]:
+    """How a network is trained and where that is told, without importing JAX before.
+
+    Parameters
+    ----------
+    options : mapping
+        Of ``TrainingSettings``.
+    checkpoints : path, optional
+        Folder of checkpoints.
+    log : path, optional
+        File of the log.
+
+    Raises
+    ------
+    ValueError
+        JAX is not installed, or an option is out of range.
+    """
+    with _needing_jax():
+        from organfast.models.training import TrainingOutputs, TrainingSettings
+    return TrainingSettings(**options), TrainingOutputs(checkpoints=checkpoints, log=log)
+
+
+@contextmanager
+def _needing_jax() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"a network needs {error.name}, which is not installed; "
+            "install it with: pip install 'organfast[cnn]'"
+        ) from None
+
+
 @dataclass(frozen=True, eq=False)
 class DrawnCase:
     """Positions drawn from a scan, or from an altered copy of one.
@@ -155,14 +195,9 @@ def learned_network(
     ValueError
         JAX is not installed, or see ``train_network``.
     """
-    try:
+    with _needing_jax():
         from organfast.models.examples import TrainingCase, TrainingData
         from organfast.models.training import NetworkPlan, TrainingSettings, train_network
-    except ImportError as error:
-        raise ValueError(
-            f"a network needs {error.name}, which is not installed; "
-            "install it with: pip install 'organfast[cnn]'"
-        ) from None
     (classes, beside, context_factor), (network, grid, pattern) = labels, recipe
     weights = [context_factor if s.role == "context" else 1.0 for s in classes.structures]
     learned, judged = (

@@ -342,7 +342,7 @@ def inner_of(name: str, value: int) -> Tamper:
         (put("tree_starts", 1, 33), "before its parent"),
         (lambda a: a.update(left=a["left"][:-1]), "differ in number"),
         (lambda a: a.update(left=a["left"].astype(np.int64)), "left is 1-D int64"),
-        (lambda a: a.update(feature=a["feature"].reshape(2, -1)), "feature is 2-D U16"),
+        (lambda a: a.update(feature=a["feature"].reshape(2, -1)), "feature is 2-D uint16"),
         (lambda a: a.update(leaf_table=a["leaf_table"][:, :-1]), "3 classes, not 4"),
         (lambda a: a.update(tree_starts=a["tree_starts"][:1]), "do not cover"),
         (lambda a: a.update(tree_starts=a["tree_starts"][:0]), "do not cover"),

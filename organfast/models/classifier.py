@@ -145,13 +145,18 @@ class Model:
         """What the classifier is, "forest" or "cnn"."""
         return "forest" if isinstance(self.classifier, Forest) else "cnn"
 
+    @property
+    def network(self) -> dict[str, Any] | None:
+        """A network's architecture and how it sees blocks, for JSON; None for a forest."""
+        return self.classifier.to_dict() if isinstance(self.classifier, Cnn) else None
+
     @cached_property
     def _header(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON gives it back."""
         header = {
             "schema": SCHEMA,
             "classifier": self.kind,
-            "network": self.classifier.to_dict() if isinstance(self.classifier, Cnn) else None,
+            "network": self.network,
             "classes": self.classes.to_dict(),
             "pattern": self.pattern.to_dict(),
             "grid": self.grid.to_dict(),
