@@ -145,9 +145,8 @@ class TrainingSettings:
     max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("steps", 1), ("batch", 1), ("evaluate_every", 1), ("patience", 1), ("seed", 0)),
-        ):
+        leasts = {"steps": 1, "batch": 1, "evaluate_every": 1, "patience": 1, "seed": 0}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if not is_whole(value, least) or value >= 2**31:
                 raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
