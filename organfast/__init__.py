@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from organfast.models.classifier import load_model as load_model
     from organfast.models.classifier import save_model as save_model
     from organfast.models.forest import ForestSettings as ForestSettings
+    from organfast.networklearning import NetworkRecipe as NetworkRecipe
     from organfast.organs import Organ as Organ
     from organfast.pipeline import Settings as Settings
     from organfast.pipeline import locate as locate
@@ -55,6 +56,7 @@ _HOMES = {
     "InputError": "organfast.errors",
     "Model": "organfast.models.classifier",
     "ModelGrid": "organfast.grid",
+    "NetworkRecipe": "organfast.networklearning",
     "Organ": "organfast.organs",
     "Recipe": "organfast.learning",
     "Refine": "organfast.refinement",
@@ -91,6 +93,7 @@ __all__ = [
     "InputError",
     "Model",
     "ModelGrid",
+    "NetworkRecipe",
     "Organ",
     "Recipe",
     "Refine",

@@ -29,6 +29,7 @@ FROZEN = [
     "InputError",
     "Model",
     "ModelGrid",
+    "NetworkRecipe",
     "Organ",
     "Recipe",
     "Refine",
