@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from organfast.models.classifier import Model as Model
     from organfast.models.classifier import load_model as load_model
     from organfast.models.classifier import save_model as save_model
+    from organfast.models.export import export_model as export_model
     from organfast.models.forest import ForestSettings as ForestSettings
     from organfast.organs import Organ as Organ
     from organfast.pipeline import Settings as Settings
@@ -61,6 +62,7 @@ _HOMES = {
     "Volume": "organfast.volume",
     "block_views": "organfast.blocks",
     "enlarge": "organfast.probability",
+    "export_model": "organfast.models.export",
     "find_cases": "organfast.layouts",
     "gather_blocks": "organfast.blocks",
     "load_model": "organfast.models.classifier",
@@ -93,6 +95,7 @@ __all__ = [
     "Volume",
     "block_views",
     "enlarge",
+    "export_model",
     "find_cases",
     "gather_blocks",
     "load_model",

@@ -457,6 +457,27 @@ def info(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A .organfast file with a CNN in it.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    to: Annotated[str, typer.Option(help="onnx or stablehlo.")] = "onnx",
+) -> None:
+    """Write the network of a CNN for other programs; kept only if it gives what the model gives.
+
+    It takes blocks of the levels of the model's grid, (n, levels, slices, size, size) int16, and
+    gives probabilities, (n, classes) float32. The ONNX file's metadata name the classes, the
+    pattern, the window and the grid.
+    """
+    from organfast.models.classifier import load_model
+    from organfast.models.export import TOLERANCE, export_model
+    from organfast.results import check_file_target
+
+    check_file_target(out)
+    export_model(load_model(model), out, to)
+    print(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
+
+
+@app.command()
 def bench(
     full: Annotated[
         bool, typer.Option("--full", help="All block sizes, strides and threads, too.")

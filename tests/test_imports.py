@@ -25,13 +25,14 @@ COLUMNS = [
         "models.cnn",
         "models.dense",
         "models.devices",
+        "models.export",
         "models.forest",
         "models.network",
     ],
     ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay"],
     ["results", "blocklearning", "learning", "pipeline", "verification", "doctor"],
-    ["bench", "benchcases", "benchforest", "benchscan", "demo"],
+    ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "demo"],
     ["cli"],
 ]
 COLUMN_OF = {module: n for n, column in enumerate(COLUMNS) for module in column}

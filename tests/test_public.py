@@ -39,6 +39,7 @@ FROZEN = [
     "Volume",
     "block_views",
     "enlarge",
+    "export_model",
     "find_cases",
     "gather_blocks",
     "load_model",
