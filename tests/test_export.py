@@ -168,11 +168,11 @@ def test_a_file_that_gives_something_else_is_not_kept(
 ) -> None:
     cnn, path = network("towers", SMALL), tmp_path / "x"
     path.write_text("an earlier file")
-    made = getattr(export, f"_{to}_file")
-    monkeypatch.setattr(export, f"_{to}_file", lambda cnn, *a: made(_wrong_weights(cnn), *a))
+    made = getattr(export, f"{to}_file")
+    monkeypatch.setattr(export, f"{to}_file", lambda cnn, *a: made(_wrong_weights(cnn), *a))
     with pytest.raises(ValueError, match=f"the {to} file gives probabilities that differ"):
         export_cnn(cnn, path, to)
-    monkeypatch.setattr(export, f"_{to}_file", made)
+    monkeypatch.setattr(export, f"{to}_file", made)
     load = getattr(export, f"_{to}_runner")
     monkeypatch.setattr(export, f"_{to}_runner", lambda file: _not_a_number(load, file))
     with pytest.raises(ValueError, match="differ from the model's by nan"):

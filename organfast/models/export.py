@@ -33,7 +33,15 @@ from organfast.models.cnn import Cnn
 if TYPE_CHECKING:
     from organfast.models.classifier import Classifier, Model
 
-__all__ = ["FORMATS", "TOLERANCE", "export_cnn", "export_model"]
+__all__ = [
+    "FORMATS",
+    "TOLERANCE",
+    "channels_first",
+    "export_cnn",
+    "export_model",
+    "onnx_file",
+    "stablehlo_file",
+]
 
 FORMATS = ("onnx", "stablehlo")
 TOLERANCE = 1e-5
@@ -110,9 +118,9 @@ def export_cnn(
         raise ValueError(f"the format {to!r} is unknown; use {' or '.join(FORMATS)}")
     exact = replace(classifier, precision="float32")
     if to == "onnx":
-        content, load = _onnx_file(exact, about or {}), _onnx_runner
+        content, load = onnx_file(exact, about), _onnx_runner
     else:
-        content, load = _stablehlo_file(exact), _stablehlo_runner
+        content, load = stablehlo_file(exact), _stablehlo_runner
     beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
     try:
         with open(beside, "xb") as file:
@@ -159,7 +167,21 @@ class _Graph:
         return output
 
 
-def _onnx_file(cnn: Cnn, about: Mapping[str, Any]) -> bytes:
+def onnx_file(cnn: Cnn, about: Mapping[str, Any] | None = None) -> bytes:
+    """The content of an ONNX file, not yet checked against the network.
+
+    Parameters
+    ----------
+    cnn : Cnn
+        The network.
+    about : mapping, optional
+        What else the metadata shall say, for JSON.
+
+    Raises
+    ------
+    ValueError
+        onnx is not installed.
+    """
     try:
         import onnx
         from onnx import TensorProto, helper
@@ -181,7 +203,7 @@ def _onnx_file(cnn: Cnn, about: Mapping[str, Any]) -> bytes:
         producer_name="organfast",
         producer_version=__version__,
     )
-    said = {**cnn.to_dict(), "pattern": block.to_dict(), **about}
+    said = {**cnn.to_dict(), "pattern": block.to_dict(), **(about or {})}
     texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in said.items()}
     helper.set_model_props(made, texts | {"use": "research use only: not a medical device"})
     onnx.checker.check_model(made, full_check=True)
@@ -249,7 +271,7 @@ def _onnx_head(graph: _Graph, cnn: Cnn, x: str) -> str:
             continue
         kernel = cnn.params[f"dense{n}.kernel"]
         if is_first:
-            kernel, is_first = kernel[_channels_first(cnn)], False
+            kernel, is_first = kernel[channels_first(cnn)], False
         x = graph.node(
             "Gemm",
             x,
@@ -260,8 +282,19 @@ def _onnx_head(graph: _Graph, cnn: Cnn, x: str) -> str:
     return x
 
 
-def _channels_first(cnn: Cnn) -> NDArray[np.int64]:
-    """Our place, channels last, of each flattened value of the towers, channels first."""
+def channels_first(cnn: Cnn) -> NDArray[np.int64]:
+    """Our place, channels last, of each flattened value of the towers, channels first.
+
+    Parameters
+    ----------
+    cnn : Cnn
+        Its towers.
+
+    Returns
+    -------
+    (n_flat,) int64
+        Rows of the first dense kernel, for a program whose channels come first.
+    """
     places, start = [], 0
     for t, channels in enumerate(cnn.architecture.tower_channels):
         n = map_sizes(cnn.architecture, t)[-1]
@@ -288,7 +321,19 @@ def _onnx_runner(file: Path) -> Runner:
 # --- StableHLO ------------------------------------------------------------------------------------
 
 
-def _stablehlo_file(cnn: Cnn) -> bytes:
+def stablehlo_file(cnn: Cnn) -> bytes:
+    """The content of a StableHLO file, not yet checked against the network.
+
+    Parameters
+    ----------
+    cnn : Cnn
+        The network.
+
+    Raises
+    ------
+    ValueError
+        JAX or flatbuffers is not installed.
+    """
     try:
         import flatbuffers  # noqa: F401  # what JAX writes the file with
         import jax
