@@ -624,23 +624,50 @@ def info(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A .organfast file with a CNN in it.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    to: Annotated[str, typer.Option(help="onnx or stablehlo.")] = "onnx",
+) -> None:
+    """Write the network of a CNN for other programs; kept only if it gives what the model gives.
+
+    It takes blocks of the levels of the model's grid, (n, levels, slices, size, size) int16, and
+    gives probabilities, (n, classes) float32. The ONNX file's metadata name the classes, the
+    pattern, the window and the grid.
+    """
+    from organfast.models.classifier import load_model
+    from organfast.models.export import TOLERANCE, export_model
+    from organfast.results import check_file_target
+
+    check_file_target(out)
+    export_model(load_model(model), out, to)
+    print(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
+
+
+@app.command()
 def bench(
     full: Annotated[
         bool, typer.Option("--full", help="All block sizes, strides and threads, too.")
+    ] = False,
+    cnn: Annotated[
+        bool, typer.Option("--cnn", help="The CNN, too, dense and block by block; needs JAX.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time organfast against its peers and this machine's limits, as ratios; takes minutes."""
+    from organfast import benchcnn
     from organfast.bench import measure_all, run_record, sweep_rows, table_rows
     from organfast.benchcases import SWEEP, TABLE
 
     rounds = 3 if quick else 9
-    command = f"organfast bench{' --full' if full else ''}{' --quick' if quick else ''}"
+    flags = {"--full": full, "--cnn": cnn, "--quick": quick}
+    command = " ".join(["organfast bench", *(flag for flag, given in flags.items() if given)])
+    networks, notes = benchcnn.cnn_cases() if cnn else {}, [benchcnn.gpu_note()] if cnn else []
     with _progress() as progress:
-        table = measure_all(TABLE.values(), rounds, progress)
+        table = measure_all([*TABLE.values(), *networks.values()], rounds, progress)
         sweep = measure_all(SWEEP.values() if full else (), rounds, progress)
-    record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command)
+    record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command, notes)
     if as_json:
         _json(record)
         return
@@ -656,6 +683,8 @@ def bench(
     skipped = sorted({name for c in record["table"] for name in c["skipped"]})
     if skipped:
         print(f"\nnot installed, skipped: {', '.join(skipped)}")
+    for note in record["notes"]:
+        print(f"\n{note}")
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -154,13 +154,14 @@ def test_help_says_what_it_is_not() -> None:
         "locate",
         "verify",
         "info",
+        "export",
         "bench",
     ):
         assert text in ran.out
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "segment", "locate", "verify", "info", "bench"]
+    "command", ["demo", "train", "segment", "locate", "verify", "info", "export", "bench"]
 )
 def test_each_command_has_help(cli: Command, command: str) -> None:
     ran = cli(command, "--help")

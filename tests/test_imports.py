@@ -29,6 +29,7 @@ COLUMNS = [
         "models.device_volumes",
         "models.devices",
         "models.examples",
+        "models.export",
         "models.forest",
         "models.network",
         "models.training",
@@ -45,7 +46,7 @@ COLUMNS = [
         "doctor",
         "evaluation",
     ],
-    ["bench", "benchcases", "benchforest", "benchscan", "demo"],
+    ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "demo"],
     ["cli"],
 ]
 COLUMN_OF = {module: n for n, column in enumerate(COLUMNS) for module in column}

@@ -44,6 +44,7 @@ FROZEN = [
     "cross_validate",
     "enlarge",
     "evaluate",
+    "export_model",
     "find_cases",
     "gather_blocks",
     "load_model",

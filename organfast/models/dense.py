@@ -51,6 +51,7 @@ __all__ = [
     "Run",
     "Taps",
     "block_grid_probabilities",
+    "block_probabilities",
     "block_products",
     "dense_grid_probabilities",
     "dense_logits",
@@ -498,6 +499,32 @@ Grid = tuple[tuple[int, int], tuple[int, int]]
 """Of positions: (stride, shape)."""
 
 
+def block_probabilities(
+    inputs: Inputs, params: Params, is_of: jax.Array, blocks: jax.Array
+) -> jax.Array:
+    """Of blocks that have been cut.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        The network.
+    params : dict of str to array
+        Weights.
+    is_of : (n_labels, n_classes) float32
+        1 where a label is of a class.
+    blocks : (n, L, slices, size, size) int16
+        From ``cut_blocks``.
+
+    Returns
+    -------
+    (n, n_classes) float32
+    """
+    with _exact(inputs):
+        x = scaled(blocks, inputs.window, standardise=inputs.standardise)
+        found = logits(inputs.described, params, x, precision=inputs.precision)
+        return jnp.matmul(jax.nn.softmax(found), is_of)
+
+
 def position_probabilities(
     inputs: Inputs, params: Params, is_of: jax.Array, slab: jax.Array, positions: jax.Array
 ) -> jax.Array:
@@ -520,14 +547,7 @@ def position_probabilities(
     -------
     (n, n_classes) float32
     """
-    with _exact(inputs):
-        blocks = scaled(
-            cut_blocks(slab, positions, inputs.block),
-            inputs.window,
-            standardise=inputs.standardise,
-        )
-        found = logits(inputs.described, params, blocks, precision=inputs.precision)
-        return jnp.matmul(jax.nn.softmax(found), is_of)
+    return block_probabilities(inputs, params, is_of, cut_blocks(slab, positions, inputs.block))
 
 
 def block_grid_probabilities(

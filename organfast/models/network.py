@@ -72,7 +72,7 @@ class Tower(nnx.Module):
             else:
                 sides = (layer.size, layer.size)
                 x = nnx.max_pool(x, sides, strides=sides)  # type: ignore[no-untyped-call]
-        return x.reshape(len(x), -1)
+        return x.reshape(x.shape[0], -1)
 
 
 class Network(nnx.Module):
