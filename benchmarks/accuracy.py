@@ -115,7 +115,7 @@ SAMPLING = {
 
 def _network(architecture: str, spacing_mm: tuple[float, float, float], **options: Any) -> Row:
     """Of one fold: a network learns for minutes."""
-    settings, _ = training_settings({"steps": NETWORK_STEPS})
+    settings, _ = training_settings({"steps": NETWORK_STEPS}, architecture)
     network = NetworkRecipe(architecture, training=settings, **options)
     grid = ModelGrid(spacing_mm, "piecewise")
     return Row(None, replace(BASE, n_per_class=1000, grid=grid, network=network), n_folds=1)

@@ -746,7 +746,7 @@ def _network(
     from organfast.networklearning import NetworkRecipe, training_settings
 
     options = {"seed": seed, "device": device} | ({} if steps is None else {"steps": steps})
-    settings, outputs = training_settings(options, checkpoints=resume, log=log)
+    settings, outputs = training_settings(options, architecture, checkpoints=resume, log=log)
     return NetworkRecipe(architecture, standardise=standardise, training=settings, outputs=outputs)
 
 

@@ -108,6 +108,7 @@ class NetworkRecipe:
 
 def training_settings(
     options: Mapping[str, Any],
+    architecture: str = "towers",
     *,
     checkpoints: PathLike[str] | None = None,
     log: PathLike[str] | None = None,
@@ -118,6 +119,8 @@ def training_settings(
     ----------
     options : mapping
         Of ``TrainingSettings``.
+    architecture : str
+        The seed's networks are trained at a third of the usual learning rate, unless told otherwise.
     checkpoints : path, optional
         Folder of checkpoints.
     log : path, optional
@@ -130,7 +133,10 @@ def training_settings(
     """
     with _needing_jax():
         from organfast.models.training import TrainingOutputs, TrainingSettings
-    return TrainingSettings(**options), TrainingOutputs(checkpoints=checkpoints, log=log)
+    usual = {} if architecture == "towers" else {"learning_rate": 1e-3}
+    return TrainingSettings(**{**usual, **options}), TrainingOutputs(
+        checkpoints=checkpoints, log=log
+    )
 
 
 @contextmanager
@@ -197,7 +203,7 @@ def learned_network(
     """
     with _needing_jax():
         from organfast.models.examples import TrainingCase, TrainingData
-        from organfast.models.training import NetworkPlan, TrainingSettings, train_network
+        from organfast.models.training import NetworkPlan, train_network
     (classes, beside, context_factor), (network, grid, pattern) = labels, recipe
     weights = [context_factor if s.role == "context" else 1.0 for s in classes.structures]
     learned, judged = (
@@ -218,7 +224,7 @@ def learned_network(
     trained = train_network(
         data,
         plan,
-        network.training or TrainingSettings(),
+        network.training or training_settings({}, network.architecture)[0],
         outputs=network.outputs,
         progress=progress,
     )
