@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 REAL = Path(__file__).parents[2] / "shared" / "data" / "labelled"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
 N_PHANTOMS, N_FOLDS, COHORT_SEED = 12, 3, 2026
-NETWORK_STEPS = 400
+NETWORK_STEPS = 300
 THREADS = 2
 
 Pattern = Block | Context

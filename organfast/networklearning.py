@@ -120,7 +120,7 @@ def training_settings(
     options : mapping
         Of ``TrainingSettings``.
     architecture : str
-        The seed's networks are trained at a third of the usual learning rate, unless told otherwise.
+        The seed's networks learn at a third of the usual rate, unless told otherwise.
     checkpoints : path, optional
         Folder of checkpoints.
     log : path, optional
