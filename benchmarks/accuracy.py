@@ -88,26 +88,24 @@ def _altered(**options: Any) -> Row:
 
 _PLAIN = Sampling(nuisance=False)
 SAMPLING = {
-    "scans as they are, classes alone": _learned(sampling=_PLAIN),
-    "**with nuisance classes: the default**": _learned(),
-    "the same, context positions × 1 (else × 3 where two train)": _learned(
-        sampling=_PLAIN, context_factor=1
-    ),
-    "default, context positions × 1": _learned(context_factor=1),
-    "default, 50 of each besides": _learned(sampling=Sampling(n_per_nuisance=50)),
-    "default, half drawn where an earlier model errs": replace(_learned(), is_guided=True),
-    "default, random forest": _learned(forest=ForestSettings(n_trees=60)),
-    "default, three times the positions": _learned(n_per_class=600),
-    "default, 2 copies bent, turned, scaled": _altered(**_BENT),
-    "default, 2 copies recoloured": _altered(**_COLOURED),
-    "default, 2 copies blurred, noisy": _altered(**_BLURRED),
-    "default, 2 copies cropped along z": _altered(crop_mm=150.0),
-    "default, 2 copies, offsets jittered": _altered(jitter_deg=5.0, jitter_scale=0.1),
-    "default, 2 copies mirrored, sides exchanged": _altered(mirror=0.5),
-    "default, 2 copies recoloured, jittered": _altered(
+    "scans as they are": _learned(sampling=_PLAIN),
+    "+ nuisance classes": _learned(),
+    "context positions x 1": _learned(sampling=_PLAIN, context_factor=1),
+    "+ nuisance, context positions x 1": _learned(context_factor=1),
+    "+ nuisance, 50 of each besides": _learned(sampling=Sampling(n_per_nuisance=50)),
+    "+ nuisance, half drawn where an earlier model errs": replace(_learned(), is_guided=True),
+    "+ nuisance, random forest": _learned(forest=ForestSettings(n_trees=60)),
+    "+ nuisance, three times the positions": _learned(n_per_class=600),
+    "+ nuisance, 2 copies bent, turned, scaled": _altered(**_BENT),
+    "+ nuisance, 2 copies recoloured": _altered(**_COLOURED),
+    "+ nuisance, 2 copies blurred, noisy": _altered(**_BLURRED),
+    "+ nuisance, 2 copies cropped along z": _altered(crop_mm=150.0),
+    "+ nuisance, 2 copies, offsets jittered": _altered(jitter_deg=5.0, jitter_scale=0.1),
+    "+ nuisance, 2 copies mirrored, sides exchanged": _altered(mirror=0.5),
+    "+ nuisance, 2 copies recoloured, jittered": _altered(
         **_COLOURED, jitter_deg=5.0, jitter_scale=0.1
     ),
-    "default, 2 copies with all of these but mirroring": _altered(
+    "+ nuisance, 2 copies with all of these but mirroring": _altered(
         **_BENT, **_COLOURED, **_BLURRED, crop_mm=150.0, jitter_deg=5.0, jitter_scale=0.1
     ),
 }
