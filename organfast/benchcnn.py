@@ -371,9 +371,9 @@ def _matrix_product(n: int, device: str) -> Job:
         return lambda: np.matmul(a, b, out)
     import jax
 
-    from organfast.models.devices import find_device
+    from organfast.models.devices import find_devices
 
-    there = jax.device_put((a, b), find_device(device))
+    there = jax.device_put((a, b), find_devices(device)[0])
     product = jax.jit(partial(jax.numpy.matmul, precision="highest"))
     return lambda: product(*there).block_until_ready()
 

@@ -753,13 +753,13 @@ def _network(
 def _on_device(model: Model, device: str) -> Model:
     """A model whose network runs on a device; a forest runs on the CPU in any case."""
     from organfast.models.cnn import Cnn
-    from organfast.models.devices import find_device
+    from organfast.models.devices import find_devices
 
     if not isinstance(model.classifier, Cnn):
         if device == "gpu":
             raise ValueError("the model is a forest, which runs on the CPU; leave --device")
         return model
-    find_device(device)
+    find_devices(device)
     return replace(model, classifier=replace(model.classifier, device=device))
 
 

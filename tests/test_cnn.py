@@ -393,10 +393,10 @@ def test_importing_the_classifier_does_not_load_jax() -> None:
 
 
 def test_devices() -> None:
-    assert devices.find_device("cpu").platform == "cpu"
-    assert devices.find_device("auto") == jax.devices()[0]
+    assert devices.find_devices("cpu")[0].platform == "cpu"
+    assert devices.find_devices("auto") == jax.local_devices()
     with pytest.raises(ValueError, match="device 'tpu' is unknown"):
-        devices.find_device("tpu")
+        devices.find_devices("tpu")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
@@ -435,3 +435,31 @@ def test_compiled_programs_are_kept_where_the_user_keeps_such_things(tmp_path: P
     assert (nowhere, chosen) == ("None", "mine")
     assert Path(place).parent == tmp_path / "organfast" / "jax"
     assert any(Path(place).iterdir())
+
+
+_ON_FOUR = """
+import sys; sys.path.insert(0, {tests!r})
+import jax, numpy as np
+from test_cnn import on_a_grid
+assert len(jax.devices()) == 4
+np.save({path!r}, on_a_grid())
+"""
+
+
+def on_a_grid() -> np.ndarray:
+    """Probabilities on a grid of 7 x 5 positions: rows that four devices share unevenly."""
+    cnn = network("towers", Block(9, (1, 3)))
+    reach = cnn.pattern.reach
+    shape = (2, 1, 2 * reach[1] + 14, 2 * reach[2] + 10)
+    slab = np.random.default_rng(3).integers(-900, 400, shape, np.int16)
+    out = np.empty((7, 5, N_CLASSES), np.float32)
+    cnn.grid_probabilities(slab, reach, (2, 2), out)
+    return out
+
+
+def test_several_devices_share_a_grid(tmp_path: Path) -> None:
+    path = tmp_path / "four.npy"
+    code = _ON_FOUR.format(tests=str(Path(__file__).parent), path=str(path))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **flags})
+    np.testing.assert_allclose(np.load(path), on_a_grid(), rtol=0, atol=1e-5)

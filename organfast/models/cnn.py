@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from organfast.blocks import Block
 from organfast.errors import is_whole
 from organfast.models.architecture import Architecture, architecture
-from organfast.models.devices import DEVICES, compilation_cache, find_device
+from organfast.models.devices import DEVICES, compilation_cache, find_devices
 
 if TYPE_CHECKING:
     import jax
@@ -71,7 +71,8 @@ class Cnn:
     precision : {"float32", "bfloat16"}
         Of the factors of products; sums are float32 in either case.
     device : {"auto", "cpu", "gpu"}
-        Where it runs; no part of the model.
+        Where it runs; no part of the model. Several devices of the kind share each grid of
+        positions.
 
     Raises
     ------
@@ -222,15 +223,15 @@ class Cnn:
         # positions spread over the slab differently.
         reach = self.pattern.reach[0]
         low, high = int(positions[:, 0].min()) - reach, int(positions[:, 0].max()) + reach + 1
-        device = self._device
+        device = self._devices[0]
         there = jax.device_put(np.ascontiguousarray(slab[:, low:high]), device)
         moved = positions - np.array([low, 0, 0], np.int32)
         batch = min((b for b in _BATCHES if b >= n), default=_BATCHES[0])
-        program = self._program("positions", there.shape, (batch,))
+        program = self._program("positions", there.shape, (batch,), device)
         for start in range(0, n, batch):
             some = moved[start : start + batch]
             padded = np.concatenate([some, np.repeat(some[-1:], batch - len(some), axis=0)])
-            found = program(*self._weights, there, jax.device_put(padded, device))
+            found = program(*self._weights[0], there, jax.device_put(padded, device))
             out[start : start + len(some)] = np.asarray(found)[: len(some)]
 
     def grid_probabilities(
@@ -283,13 +284,24 @@ class Cnn:
         how, rows = self._way(method, step, (n_i, n_j))
         import jax
 
-        reach, device = self.pattern.reach[0], self._device
-        planes = jax.device_put(np.ascontiguousarray(slab[:, k - reach : k + reach + 1]), device)
-        program = self._program(how, planes.shape, (*step, rows, n_j))
-        for begin in range(0, n_i, rows):
+        reach, n_devices = self.pattern.reach[0], len(self._devices)
+        rows = min(rows, -(-n_i // n_devices))
+        seen = np.ascontiguousarray(slab[:, k - reach : k + reach + 1])
+        places = [
+            (device, self._program(how, seen.shape, (*step, rows, n_j), device), planes, weights)
+            for device, weights in zip(self._devices, self._weights, strict=True)
+            for planes in [jax.device_put(seen, device)]
+        ]
+        # Each device gets its parts at once; they are waited for afterwards, in order.
+        parts = []
+        for n, begin in enumerate(range(0, n_i, rows)):
             row = min(begin, n_i - rows)  # the last part overlaps the one before
+            device, program, planes, weights = places[n % n_devices]
             start = jax.device_put(np.array([i + row * step[0], j], np.int32), device)
-            out[row : row + rows] = program(*self._weights, planes, start)
+            parts.append((row, program(*weights, planes, start)))
+            if len(parts) == n_devices:
+                _write(parts, out)
+        _write(parts, out)
 
     def products_per_position(
         self, stride: tuple[int, int], shape: tuple[int, int]
@@ -346,26 +358,25 @@ class Cnn:
         )
 
     @cached_property
-    def _device(self) -> jax.Device:
-        return find_device(self.device)
+    def _devices(self) -> list[jax.Device]:
+        return find_devices(self.device)
 
     @cached_property
-    def _weights(self) -> tuple[dict[str, jax.Array], jax.Array]:
-        """On the device: the weights, and which label is of which class."""
+    def _weights(self) -> list[tuple[dict[str, jax.Array], jax.Array]]:
+        """On each device: the weights, and which label is of which class."""
         import jax
 
         is_of = (self.merge[:, None] == np.arange(self.n_classes)).astype(np.float32)
-        weights: tuple[dict[str, jax.Array], jax.Array] = jax.device_put(
-            (dict(self.params), is_of), self._device
-        )
-        return weights
+        return [jax.device_put((dict(self.params), is_of), device) for device in self._devices]
 
-    def _program(self, kind: str, shape: tuple[int, ...], geometry: tuple[int, ...]) -> Any:
+    def _program(
+        self, kind: str, shape: tuple[int, ...], geometry: tuple[int, ...], device: jax.Device
+    ) -> Any:
         with _lock:  # another thread may be about to compile the same
             return _program(
                 self._inputs,
                 (self.n_labels, self.n_classes),
-                self._device,
+                device,
                 kind,
                 shape,
                 geometry,
@@ -427,6 +438,13 @@ def _program(
     if kind != "positions":
         traced = partial(traced, (geometry[:2], geometry[2:]))
     return jax.jit(traced).lower(*shapes).compile()
+
+
+def _write(parts: list[tuple[int, jax.Array]], out: NDArray[np.float32]) -> None:
+    """Wait for parts of a grid, and let them go."""
+    for row, found in parts:
+        out[row : row + len(found)] = found
+    parts.clear()
 
 
 def _equal_parts(n: int, most: int) -> int:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["DEVICES", "compilation_cache", "find_device"]
+__all__ = ["DEVICES", "compilation_cache", "find_devices"]
 
 DEVICES = ("auto", "cpu", "gpu")
 _LEAST_SECONDS = 0.2
 
 
-def find_device(device: str) -> jax.Device:
-    """The first device of a kind.
+def find_devices(device: str) -> list[jax.Device]:
+    """This process's devices of a kind.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ def find_device(device: str) -> jax.Device:
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is unknown; use {', '.join(DEVICES)}")
     if device == "auto":
-        return jax.local_devices()[0]
+        return list(jax.local_devices())
     try:
-        return jax.local_devices(backend=device)[0]
+        return list(jax.local_devices(backend=device))
     except RuntimeError:
         raise ValueError(
             f"JAX finds no {device}; use device cpu or auto, or install JAX for it "
