@@ -3,8 +3,8 @@
 Weights are those before training, from a fixed seed: speed does not depend on them. All sides run
 the same network on the same positions of the same slice with as many threads as the machine has
 cores, for XLA takes them all; torch runs with one as well, for where others use the cores its
-threads wait for each other and it is slower with several. Compiling is outside the timing; the first call's time, in which our
-program is compiled or read from JAX's cache on disk, is told apart.
+threads wait for each other and it is slower with several. Compiling is outside the timing; the
+first call's time, in which our program is compiled or read from JAX's cache on disk, is told apart.
 """
 
 from __future__ import annotations
