@@ -108,6 +108,12 @@ class _Asked:
     def n(self) -> int:
         return len(self.axis) ** 2
 
+    @cached_property
+    def products(self) -> tuple[float, float]:
+        """Multiplications per position, dense and block by block."""
+        stride, shape = (self.stride, self.stride), (len(self.axis), len(self.axis))
+        return self.cnn.products_per_position(stride, shape)
+
     def sample(self, most: int = _PEER_SAMPLE) -> slice:
         """Neighbouring rows of positions, from the middle."""
         n_rows = max(1, min(len(self.axis), most // len(self.axis)))
@@ -157,10 +163,9 @@ def readme_case(size: int, stride: int, cut: Cut = SLICE) -> Benchmark:
         Of the slice.
     """
     asked = _Asked(_network("readme", Block(size), cut.device), stride, cut)
-    rows = asked.sample()
-    blocks = asked.blocks(asked.positions(rows))
+    blocks = asked.blocks(asked.positions(asked.sample()))
     skipped: list[str] = []
-    peers = _others(asked.cnn, blocks, asked.n, skipped)
+    peers = _others(asked.cnn, blocks, asked.n, skipped, _limit(min(asked.products), cut))
     return _grid_case(asked, f"CNN readme, {size} px", peers, skipped)
 
 
@@ -185,6 +190,7 @@ def towers_case(
     if size in _SIZES:
         readme = replace(asked, cnn=_network("readme", Block(size), cut.device))
         peers[f"ours, readme, {size} px, dense"] = Peer(readme.grid_job("dense"))
+    peers |= _limit(min(asked.products), cut)
     name = f"CNN towers, {size} px, {'one level' if levels == (1,) else f'levels {levels}'}"
     return _grid_case(asked, name, peers, [])
 
@@ -214,11 +220,11 @@ def batch_case(size: int, batch: int, cut: Cut = SLICE) -> Benchmark:
 
     n = len(positions)
     products = block_products(asked.cnn.architecture, asked.cnn.pattern, N_CLASSES)
-    peers = _others(asked.cnn, asked.blocks(positions), n, skipped)
+    limit = _limit(products, cut)
     return Benchmark(
         f"CNN readme, {size} px, block by block, a batch of {n}{_where(cut)}",
         job,
-        {**peers, **_limit(products, cut)},
+        _others(asked.cnn, asked.blocks(positions), n, skipped, limit),
         n_items=n,
         unit="positions",
         skipped=tuple(skipped),
@@ -229,8 +235,7 @@ def batch_case(size: int, batch: int, cut: Cut = SLICE) -> Benchmark:
 
 def _grid_case(asked: _Asked, name: str, peers: dict[str, Peer], skipped: list[str]) -> Benchmark:
     """By the method that takes fewer multiplications, beside the other."""
-    stride, shape = (asked.stride, asked.stride), (len(asked.axis), len(asked.axis))
-    dense, block = asked.cnn.products_per_position(stride, shape)
+    dense, block = asked.products
     ours, other = ("dense", "blocks") if dense < block else ("blocks", "dense")
     job, pixels = asked.grid_job(ours), asked.cut.pixels
     rows = asked.sample() if other == "blocks" else slice(0, len(asked.axis))
@@ -240,7 +245,7 @@ def _grid_case(asked: _Asked, name: str, peers: dict[str, Peer], skipped: list[s
         f"{name}, {_METHODS[ours]}, stride {asked.stride}, a {pixels} x {pixels} slice"
         f"{_where(asked.cut)}",
         job,
-        {**beside, **peers, **_limit(min(dense, block), asked.cut)},
+        {**beside, **peers},
         n_items=asked.n,
         unit="positions",
         skipped=tuple(skipped),
@@ -268,17 +273,22 @@ def _share(n: int, of: int) -> str:
 
 
 def _others(
-    cnn: Cnn, blocks: NDArray[np.int16], n_asked: int, skipped: list[str]
+    cnn: Cnn, blocks: NDArray[np.int16], n_asked: int, skipped: list[str], limit: dict[str, Peer]
 ) -> dict[str, Peer]:
-    """The same weights by others, on blocks that are in memory, a batch at a time."""
+    """The same weights by others, on blocks that are in memory, a batch at a time; and the limit.
+
+    NumPy's threads go on looking for work for a while after a product; so what comes next is torch
+    with one thread, which minds them least.
+    """
     n, found = len(blocks), {}
     how = f"blocks copied beforehand{_share(n, n_asked)}"
-    if installed("torch", skipped):
-        for threads in sorted({n_threads(), 1}, reverse=True):
-            name = f"torch, {'one thread' if threads == 1 else f'{threads} threads'}, {how}"
-            found[name] = Peer(_by_torch(cnn, blocks, threads), n)
     if installed("onnx", skipped) and installed("onnxruntime", skipped):
         found[f"onnxruntime, as exported, {how}"] = Peer(_by_onnxruntime(cnn, blocks), n)
+    found |= limit
+    if installed("torch", skipped):
+        for threads in sorted({1, n_threads()}):
+            name = f"torch, {'one thread' if threads == 1 else f'{threads} threads'}, {how}"
+            found[name] = Peer(_by_torch(cnn, blocks, threads), n)
     return found
 
 
