@@ -22,7 +22,7 @@ COLUMNS = [
     ["probability", "refinement"],
     ["segmentation", "organs", "metrics", "overlay", "scorebook"],
     ["results", "learning", "pipeline", "verification", "evaluation"],
-    ["bench", "benchcases", "benchforest", "benchscan", "demo"],
+    ["bench", "benchcases", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
 ]
 COLUMN_OF = {module: n for n, column in enumerate(COLUMNS) for module in column}
