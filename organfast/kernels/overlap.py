@@ -5,7 +5,7 @@ compared eight bytes at a time, which takes a machine that stores the lowest byt
 """
 
 # Compiled functions take arrays whose layout Numba specialises on: no annotation says that.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from typing import Any
 
@@ -93,7 +93,7 @@ def overlap(truth, predicted, counts):
     ones = uint64(0x0101010101010101 if truth.itemsize == 1 else 0x0001000100010001)
     size = truth.size
     n_beyond = 0
-    start, t, p = 0, uint64(truth[0]), uint64(predicted[0])
+    start, t, p = np.int64(0), uint64(truth[0]), uint64(predicted[0])
     all_t, all_p = t * ones, p * ones
     for word in range(truth_words.size + 1):
         if word < truth_words.size:
