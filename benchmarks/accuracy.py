@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py patterns      # what a classifier sees; about 40 minutes
     python benchmarks/accuracy.py sampling      # what it is shown; about 40 minutes
+    python benchmarks/accuracy.py networks      # forest and networks; about 20 minutes
 
 Results are kept in benchmarks/results/accuracy.json, row by row: a row that is there already is
 not measured again (`--again` does). ``tools/accuracy_table.py`` writes the README's tables from it.
@@ -24,11 +25,13 @@ import numpy as np
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation
 from organfast.blocks import Block, Context
+from organfast.grid import ModelGrid
 from organfast.layouts import Case, Dataset, case_labels, find_cases, write_case
 from organfast.learning import Recipe, Sampling, train
 from organfast.metrics import centroid_error_mm, dice_per_class
-from organfast.models.classifier import Model
+from organfast.models.classifier import Model, save_model
 from organfast.models.forest import ForestSettings
+from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.nifti import read_scan
 from organfast.phantom import cohort, phantom_table
 from organfast.pipeline import segment
@@ -38,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 REAL = Path(__file__).parents[2] / "shared" / "data" / "labelled"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
 N_PHANTOMS, N_FOLDS, COHORT_SEED = 12, 3, 2026
+NETWORK_STEPS = 300
 THREADS = 2
 
 Pattern = Block | Context
@@ -47,14 +51,16 @@ Pattern = Block | Context
 class Row:
     """One way to learn; of how many phantoms, and from how many (None: all but the fold's).
 
-    Guided: learned twice, the second time where the first model errs.
+    Guided: learned twice, the second time where the first model errs. ``n_folds``: how many of the
+    folds are measured.
     """
 
-    pattern: Pattern
+    pattern: Pattern | None
     recipe: Recipe
     n_phantoms: int = N_PHANTOMS
     n_train: int | None = None
     is_guided: bool = False
+    n_folds: int = N_FOLDS
 
 
 BASE = Recipe(n_per_class=200, forest=ForestSettings("extra_trees", n_trees=60))
@@ -82,30 +88,48 @@ def _altered(**options: Any) -> Row:
 
 _PLAIN = Sampling(nuisance=False)
 SAMPLING = {
-    "scans as they are, classes alone": _learned(sampling=_PLAIN),
-    "**with nuisance classes: the default**": _learned(),
-    "the same, context positions × 1 (else × 3 where two train)": _learned(
-        sampling=_PLAIN, context_factor=1
-    ),
-    "default, context positions × 1": _learned(context_factor=1),
-    "default, 50 of each besides": _learned(sampling=Sampling(n_per_nuisance=50)),
-    "default, half drawn where an earlier model errs": replace(_learned(), is_guided=True),
-    "default, random forest": _learned(forest=ForestSettings(n_trees=60)),
-    "default, three times the positions": _learned(n_per_class=600),
-    "default, 2 copies bent, turned, scaled": _altered(**_BENT),
-    "default, 2 copies recoloured": _altered(**_COLOURED),
-    "default, 2 copies blurred, noisy": _altered(**_BLURRED),
-    "default, 2 copies cropped along z": _altered(crop_mm=150.0),
-    "default, 2 copies, offsets jittered": _altered(jitter_deg=5.0, jitter_scale=0.1),
-    "default, 2 copies mirrored, sides exchanged": _altered(mirror=0.5),
-    "default, 2 copies recoloured, jittered": _altered(
+    "scans as they are": _learned(sampling=_PLAIN),
+    "+ nuisance classes": _learned(),
+    "context positions x 1": _learned(sampling=_PLAIN, context_factor=1),
+    "+ nuisance, context positions x 1": _learned(context_factor=1),
+    "+ nuisance, 50 of each besides": _learned(sampling=Sampling(n_per_nuisance=50)),
+    "+ nuisance, half drawn where an earlier model errs": replace(_learned(), is_guided=True),
+    "+ nuisance, random forest": _learned(forest=ForestSettings(n_trees=60)),
+    "+ nuisance, three times the positions": _learned(n_per_class=600),
+    "+ nuisance, 2 copies bent, turned, scaled": _altered(**_BENT),
+    "+ nuisance, 2 copies recoloured": _altered(**_COLOURED),
+    "+ nuisance, 2 copies blurred, noisy": _altered(**_BLURRED),
+    "+ nuisance, 2 copies cropped along z": _altered(crop_mm=150.0),
+    "+ nuisance, 2 copies, offsets jittered": _altered(jitter_deg=5.0, jitter_scale=0.1),
+    "+ nuisance, 2 copies mirrored, sides exchanged": _altered(mirror=0.5),
+    "+ nuisance, 2 copies recoloured, jittered": _altered(
         **_COLOURED, jitter_deg=5.0, jitter_scale=0.1
     ),
-    "default, 2 copies with all of these but mirroring": _altered(
+    "+ nuisance, 2 copies with all of these but mirroring": _altered(
         **_BENT, **_COLOURED, **_BLURRED, crop_mm=150.0, jitter_deg=5.0, jitter_scale=0.1
     ),
 }
-TABLES: Mapping[str, Mapping[str, Row]] = {"patterns": PATTERNS, "sampling": SAMPLING}
+
+
+def _network(architecture: str, spacing_mm: tuple[float, float, float], **options: Any) -> Row:
+    """Of one fold: a network learns for minutes."""
+    settings, _ = training_settings({"steps": NETWORK_STEPS}, architecture)
+    network = NetworkRecipe(architecture, training=settings, **options)
+    grid = ModelGrid(spacing_mm, "piecewise")
+    return Row(None, replace(BASE, n_per_class=1000, grid=grid, network=network), n_folds=1)
+
+
+NETWORKS = {
+    "forest, context": Row(Context(), BASE, n_folds=1),
+    "cnn, the seed's (readme), block 33": _network("readme", (1.5, 1.5, 3.0)),
+    "the same, each block standardised": _network("readme", (1.5, 1.5, 3.0), standardise=True),
+    "cnn, towers, block 17, levels 1, 3, 7, 3 slices": _network("towers", (3.0, 3.0, 3.0)),
+}
+TABLES: Mapping[str, Mapping[str, Row]] = {
+    "patterns": PATTERNS,
+    "sampling": SAMPLING,
+    "networks": NETWORKS,
+}
 
 
 def main() -> None:
@@ -126,7 +150,7 @@ def main() -> None:
             table[name] = {"phantoms": _in_folds(phantoms, row)}
             if REAL.exists():
                 table[name] |= _each_way(find_cases(REAL), row)
-                if row.n_train is None:
+                if row.n_train is None and row.n_folds == N_FOLDS:
                     table[name] |= _from_phantoms(phantoms, find_cases(REAL), row)
             table[name]["minutes"] = round((time.perf_counter() - start) / 60, 1)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -145,7 +169,7 @@ def _in_folds(dataset: Dataset, row: Row) -> dict[str, Any]:
     row = replace(row, recipe=replace(row.recipe, classes=ClassTable.default()))
     scores = []
     patients = np.array(dataset.patients[: row.n_phantoms])
-    for fold in range(N_FOLDS):
+    for fold in range(row.n_folds):
         tested = patients[fold::N_FOLDS]
         others = np.setdiff1d(patients, tested)[: row.n_train]
         scores.append(_score(dataset, Split(tuple(others), (), tuple(tested)), row))
@@ -171,7 +195,9 @@ def _from_phantoms(phantoms: Dataset, real: Dataset, row: Row) -> dict[str, Any]
 def _score(dataset: Dataset, split: Split, row: Row) -> dict[str, Any]:
     """Balanced blocks, Dice and centres of the test patients' organs that training knew."""
     recipe = replace(row.recipe, split=split)
+    start = time.perf_counter()
     model = train(dataset, row.pattern, recipe, threads=THREADS)
+    seconds = time.perf_counter() - start
     if row.is_guided:
         recipe = replace(recipe, sampling=Sampling(guide=model))
         model = train(dataset, row.pattern, recipe, threads=THREADS)
@@ -179,6 +205,7 @@ def _score(dataset: Dataset, split: Split, row: Row) -> dict[str, Any]:
     return _judged(model, tested) | {
         "blocks": model.scores["test"]["block_accuracy"],
         "blocks_of_organs": model.scores["test"]["block_accuracy_organs"],
+        "train_s": seconds,
     }
 
 
@@ -187,11 +214,14 @@ def _judged(model: Model, tested: Sequence[Case]) -> dict[str, Any]:
     known = {n for n in model.classes.organs if model.training["n_cases_with"][names[n]]}
     dice: dict[str, list[float]] = {}
     centres: list[float] = []
+    seconds: list[float] = []
     n_missed = 0
     for case in tested:
         scan = read_scan(case.image)
         truth = case_labels(case, model.classes, scan.volume).labels
+        start = time.perf_counter()
         result = segment(scan, model, threads=THREADS)
+        seconds.append(time.perf_counter() - start)
         overlap = dice_per_class(np.minimum(truth, len(names)), result.labels, len(names) + 1)
         for organ in sorted(known):
             voxels = np.argwhere(truth == organ)
@@ -211,7 +241,16 @@ def _judged(model: Model, tested: Sequence[Case]) -> dict[str, Any]:
         "centres_mm": centres,
         "n_missed": n_missed,
         "n_patients": len(tested),
+        "segment_s": seconds,
+        "file_mb": _file_mb(model),
     }
+
+
+def _file_mb(model: Model) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.organfast"
+        save_model(model, path)
+        return path.stat().st_size / 1e6
 
 
 def _together(scores: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -234,6 +273,9 @@ def _together(scores: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "n_centres": len(centres),
         "n_missed": sum(score["n_missed"] for score in scores),
         "n_patients": sum(score["n_patients"] for score in scores),
+        "train_s": _mean([score["train_s"] for score in scores if "train_s" in score]),
+        "segment_s": _mean([s for score in scores for s in score["segment_s"]]),
+        "file_mb": _mean([score["file_mb"] for score in scores]),
     }
 
 

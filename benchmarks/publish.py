@@ -1,6 +1,6 @@
 """Run all benchmarks, say which ratios fell since the last committed run, write the new results.
 
-    python benchmarks/publish.py [--quick]         # about ten minutes; `make bench` calls it
+    python benchmarks/publish.py [--quick] [--cnn]  # about ten minutes; `make bench` calls it
 
 Results go to ``benchmarks/results/reference.json``, asv's to ``benchmarks/results/asv/``. The exit
 code is 1 where a ratio fell by more than a tenth. No file names the machine or its user.
@@ -21,6 +21,7 @@ from typing import Any
 
 from organfast.bench import machine, measure_all, run_record
 from organfast.benchcases import SWEEP, TABLE
+from organfast.benchcnn import cnn_cases, gpu_note
 
 BENCHMARKS = Path(__file__).parent
 REPOSITORY = BENCHMARKS.parent
@@ -108,16 +109,20 @@ def main() -> int:
     """Run, compare, write; 1 where a ratio fell."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and no asv")
-    quick = parser.parse_args().quick
+    parser.add_argument("--cnn", action="store_true", help="the CNN, too; needs JAX")
+    given = parser.parse_args()
+    quick, networks = given.quick, cnn_cases() if given.cnn else {}
+    command = "python benchmarks/publish.py --cnn" if given.cnn else "make bench"
+    notes = [gpu_note()] if given.cnn else []
 
     def say(what: str, done: int, total: int) -> None:
         print(f"{what}: {done} of {total}", file=sys.stderr)
 
     before = last_committed()
     rounds = 3 if quick else 9
-    table = measure_all(TABLE.values(), rounds, say)
+    table = measure_all([*TABLE.values(), *networks.values()], rounds, say)
     sweep = measure_all(SWEEP.values(), rounds, say)
-    now = run_record(table, dict(zip(SWEEP, sweep, strict=True)), "make bench")
+    now = run_record(table, dict(zip(SWEEP, sweep, strict=True)), command, notes)
     RESULTS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     if not quick:
         run_asv()

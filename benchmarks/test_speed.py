@@ -13,14 +13,28 @@ import pytest
 
 from organfast.bench import in_threads
 from organfast.benchcases import SIZES, SWEEP, enlargement_case, gather_case, load_case
+from organfast.benchcnn import batch_case, readme_case, towers_case
 from organfast.benchscores import bootstrap_case, confusion_case, label_pair_case, surface_case
 
+CNN = {
+    "readme-33-dense-8": partial(readme_case, 33, 8),
+    "readme-33-batch-256": partial(batch_case, 33, 256),
+    "towers-33-dense-8": partial(towers_case, 33, 8),
+    "towers-33-levels-1-8-dense-8": partial(towers_case, 33, 8, (1, 8)),
+}
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 
 
 @pytest.mark.parametrize("key", SWEEP, ids=lambda key: "-".join(map(str, key)))
 def test_forest(benchmark: Any, key: tuple[str, int, int]) -> None:
     benchmark(SWEEP[key]().ours)
+
+
+@pytest.mark.parametrize("build", CNN.values(), ids=CNN.keys())
+def test_cnn(benchmark: Any, build: Any) -> None:
+    pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    benchmark(build().ours)
 
 
 @THREADS

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from organfast.models.classifier import Model as Model
     from organfast.models.classifier import load_model as load_model
     from organfast.models.classifier import save_model as save_model
+    from organfast.models.export import export_model as export_model
     from organfast.models.forest import ForestSettings as ForestSettings
+    from organfast.networklearning import NetworkRecipe as NetworkRecipe
     from organfast.organs import Organ as Organ
     from organfast.pipeline import Settings as Settings
     from organfast.pipeline import locate as locate
@@ -55,6 +57,7 @@ _HOMES = {
     "InputError": "organfast.errors",
     "Model": "organfast.models.classifier",
     "ModelGrid": "organfast.grid",
+    "NetworkRecipe": "organfast.networklearning",
     "Organ": "organfast.organs",
     "Recipe": "organfast.learning",
     "Refine": "organfast.refinement",
@@ -69,6 +72,7 @@ _HOMES = {
     "cross_validate": "organfast.evaluation",
     "enlarge": "organfast.probability",
     "evaluate": "organfast.evaluation",
+    "export_model": "organfast.models.export",
     "find_cases": "organfast.layouts",
     "gather_blocks": "organfast.blocks",
     "load_model": "organfast.models.classifier",
@@ -91,6 +95,7 @@ __all__ = [
     "InputError",
     "Model",
     "ModelGrid",
+    "NetworkRecipe",
     "Organ",
     "Recipe",
     "Refine",
@@ -105,6 +110,7 @@ __all__ = [
     "cross_validate",
     "enlarge",
     "evaluate",
+    "export_model",
     "find_cases",
     "gather_blocks",
     "load_model",

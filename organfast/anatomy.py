@@ -3,15 +3,19 @@
 A class table is data. The default one is the packaged ``data/classes.csv`` (23 classes after the
 VISCERAL Anatomy benchmark, ordered by RadLex id); any other table can be read from a CSV with the
 same columns, of which only ``name`` is required.
+
+What else people call these structures stands in ``data/aliases.csv``: ``alias,name`` without their
+side, words for the sides, and, with a ``note``, structures that stand for another one.
 """
 
 from __future__ import annotations
 
 import colorsys
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any, Literal
 
 from organfast.errors import InputError
 
-__all__ = ["ClassTable", "Structure", "totalsegmentator_names"]
+__all__ = ["ClassTable", "Structure", "canonical_name", "stand_in_notes", "totalsegmentator_names"]
 
 Role = Literal["background", "context", "organ"]
 
@@ -154,7 +158,9 @@ class ClassTable:
         """
         known = {alias: s for s in ClassTable.default().structures for alias in s.aliases}
         wanted = ["background", "thorax_abdomen", *names]
-        found = [known.get(name) or _unknown_structure(name, wanted) for name in wanted]
+        found = [
+            known.get(canonical_name(name)) or _unknown_structure(name, wanted) for name in wanted
+        ]
         return ClassTable(_coloured(dict.fromkeys(found)))
 
     @staticmethod
@@ -253,6 +259,73 @@ class ClassTable:
 def totalsegmentator_names() -> dict[int, str]:
     """Label -> name of TotalSegmentator v2's ``total`` task, for label maps without a table."""
     return {int(row["id"]): row["name"] for row in csv.DictReader(_data("totalsegmentator.csv"))}
+
+
+@lru_cache(10_000)  # a thousand cases have the same hundred masks
+def canonical_name(name: str) -> str:
+    """The name of a structure in the default table or TotalSegmentator's scheme, if it has one.
+
+    Capitals, spaces, hyphens and the place of the side do not matter, and neither does whether a
+    RadLex id or a synonym of ``data/aliases.csv`` is given.
+
+    Parameters
+    ----------
+    name : str
+        However a dataset spells it. What is unknown is returned as it is.
+
+    >>> [canonical_name(name) for name in ("LIVER", "L_kidney", "Right Adrenal", "86", "heap")]
+    ['liver', 'kidney_left', 'adrenal_gland_right', 'spleen', 'heap']
+    """
+    return _canonical_names().get(_plain(name), name)
+
+
+def stand_in_notes() -> dict[str, str]:
+    """What a structure that stands for another one is too much or too little, by its name.
+
+    >>> stand_in_notes()["iliopsoas_left"]
+    'the iliopsoas holds the iliacus as well'
+    """
+    noted = {row["alias"]: row["note"] for row in _aliases() if row["note"]}
+    return {f"{alias}{side}": note for alias, note in noted.items() for side in _SIDES}
+
+
+_SIDES = ("", "_left", "_right")
+
+
+@cache
+def _aliases() -> tuple[dict[str, str], ...]:
+    return tuple(csv.DictReader(_data("aliases.csv")))
+
+
+@cache
+def _side_words() -> dict[str, str]:
+    words = {row["alias"]: row["name"] for row in _aliases() if row["name"] in ("left", "right")}
+    return {**words, "left": "left", "right": "right"}
+
+
+@cache
+def _canonical_names() -> dict[str, str]:
+    """Every known name, plainly spelled -> the name itself."""
+    structures = ClassTable.default().structures
+    names = (*(s.name for s in structures), *totalsegmentator_names().values())
+    known = {_plain(name): name for name in names}
+    known |= {str(s.radlex): s.name for s in structures if s.radlex is not None}
+    for row in _aliases():
+        for side in _SIDES if not row["note"] else ():
+            whole = known.get(_plain(row["name"] + side))
+            if whole:
+                known.setdefault(_plain(row["alias"] + side), whole)
+    return known
+
+
+def _plain(name: str) -> str:
+    """Lower-case words, parted by underscores, the side last."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    words = re.findall(r"[^\W\d_]+\d*|\d+", parted)
+    sides = [_side_words()[word] for word in words if word in _side_words()]
+    if len(sides) != 1:
+        return "_".join(words)
+    return "_".join([*(word for word in words if word not in _side_words()), *sides])
 
 
 def _data(name: str) -> list[str]:

@@ -26,7 +26,7 @@ from organfast.grid import GridVolume, hu_lookup
 from organfast.painting import PHASES, hu_range, in_slabs, tissue_of
 from organfast.volume import AIR_HU
 
-__all__ = ["Augmentation", "altered_copy", "jittered"]
+__all__ = ["Augmentation", "altered_copy", "jittered", "mirror_partners"]
 
 UNMOVED_TISSUES = (
     *("skin", "subcutaneous_fat", "intermuscular_fat", "trunk_fat", "muscle", "cord"),
@@ -287,6 +287,34 @@ def jittered(
     moved = np.rint((1 + augmentation.jitter_scale * even) * (offsets[:, 1:] @ turn.T))
     most = np.array(reach)
     return np.column_stack([offsets[:, 0], np.clip(moved, -most, most)]).astype(np.int32)
+
+
+def mirror_partners(classes: ClassTable, beside: Sequence[str] = ()) -> tuple[int, ...]:
+    """Label of the other side of each label.
+
+    Parameters
+    ----------
+    classes : ClassTable
+        The classes.
+    beside : sequence of str
+        Names of the structures beside the table, whose labels follow on those of the table; sides
+        are told by "left" and "right" in the name.
+
+    Returns
+    -------
+    tuple of int
+        The label itself where there is but one side, -1 where the other side is no label.
+
+    >>> table = ClassTable.default()
+    >>> partners = mirror_partners(table, ["rib_left_1", "heart_atrium_left"])
+    >>> partners[table.index("lung_left")] == table.index("lung_right")
+    True
+    >>> partners[table.index("liver")] == table.index("liver"), partners[-2], partners[-1]
+    (True, -1, 24)
+    """
+    label_of = {name: label for label, name in enumerate((*classes.names, *beside))}
+    others = [s.mirror if s.side or s.mirror else s.name for s in classes.structures]
+    return tuple(label_of.get(other, -1) for other in (*others, *map(_other_side, beside)))
 
 
 def _cut_off(normal: float) -> float:

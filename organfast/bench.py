@@ -57,9 +57,11 @@ _LIBRARIES = (
     "nibabel",
     "opencv-python-headless",
     "scikit-image",
+    "onnx",
     "onnxruntime",
     "skl2onnx",
     "jax",
+    "flax",
     "torch",
     "monai",
 )
@@ -111,6 +113,8 @@ class Comparison:
         Memory; what is counted stands with the case.
     seconds : dict of str to float, s
         Where the time goes, by stage.
+    first_call : float or None, s
+        What the first call took, a program's compiling included.
     """
 
     name: str
@@ -123,6 +127,7 @@ class Comparison:
     ns_per_visit: float | None = None
     peak_mb: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    first_call: float | None = None
 
 
 class Measurable(Protocol):
@@ -163,6 +168,8 @@ class Benchmark:
     whole : callable or None
         The same work with its input made from the scan, whose memory at its peak is measured: all
         that it allocates, above what was there before.
+    first_call : float or None, s
+        What the first call took, where a program was compiled in it.
     """
 
     name: str
@@ -175,6 +182,7 @@ class Benchmark:
     n_voxels: int = 0
     n_visits: float = 0
     whole: Job | None = None
+    first_call: float | None = None
 
     def measure(self, rounds: int) -> Comparison:
         """Time every job once to warm up, then all jobs in turn, round after round.
@@ -201,6 +209,7 @@ class Benchmark:
             voxels_per_second=self.n_voxels / second if self.n_voxels else None,
             ns_per_visit=1e9 * self.threads * second / self.n_visits if self.n_visits else None,
             peak_mb=_allocated_mb(self.whole) if self.whole else None,
+            first_call=self.first_call,
         )
 
 
@@ -397,6 +406,7 @@ def run_record(
     table: Iterable[Comparison],
     sweep: Mapping[tuple[str, int, int], Comparison],
     command: str,
+    notes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """A run as JSON would hold it.
 
@@ -408,12 +418,15 @@ def run_record(
         By pattern, stride and threads.
     command : str
         What was typed.
+    notes : iterable of str
+        What is to be said of it, such as what was not measured.
     """
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": {"organfast": __version__, "python": platform.python_version(), **_versions()},
+        "notes": list(notes),
         "table": [asdict(c) for c in table],
         "sweep": [
             {"pattern": pattern, "stride": stride, "threads": threads, **asdict(c)}
@@ -447,6 +460,8 @@ def table_rows(comparisons: Iterable[Mapping[str, Any]]) -> list[tuple[str, str,
             figure += f", {c['ns_per_visit']:.2f} ns a node visit"
         if c["peak_mb"]:
             figure += f", {c['peak_mb']:,.0f} MB"
+        if c.get("first_call"):  # not in records of before there were any
+            figure += f", first call {c['first_call']:.1f} s"
         peers = [
             (f"{'limit: ' if name in c['limits'] else ''}{name}", f"{plain(ratio[0])}×")
             for name, ratio in c["ratios"].items()

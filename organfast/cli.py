@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from organfast.anatomy import ClassTable
     from organfast.layouts import Dataset
     from organfast.models.classifier import Model
+    from organfast.networklearning import NetworkRecipe
     from organfast.organs import Organ
     from organfast.pipeline import Settings
     from organfast.progress import Progress
@@ -70,6 +73,13 @@ Margin = Annotated[
     typer.Option(
         min=0, help="With --coarse-to-fine: doubt where the best class leads by less than this."
     ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(help="auto, totalsegmentator, visceral, nnunet, msd, pairs or blocks."),
+]
+Device = Annotated[
+    str, typer.Option(help="Where a network runs: auto, cpu or gpu. Forests run on the CPU.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
@@ -146,13 +156,17 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to fill.")] = Path("demo"),
     patients: Annotated[int, typer.Option(min=1, help="Phantom patients to paint.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the cohort and of the forest.")] = 0,
+    cnn: Annotated[
+        bool, typer.Option("--cnn", help="Learn a network instead of a forest: some minutes more.")
+    ] = False,
     threads: Threads = 2,
 ) -> None:
     """Paint a phantom cohort, learn from it, segment a scan that was not in it. Works offline."""
     from organfast.demo import run_demo
 
+    kind = "cnn" if cnn else "forest"
     with _progress() as progress:
-        scores = run_demo(out, patients, seed, threads=threads, progress=progress)
+        scores = run_demo(out, patients, seed, kind=kind, threads=threads, progress=progress)
     rows = [
         (s.name, f"{s.volume_ml:.0f}", _number(s.dice, 2), _number(s.centre_error_mm, 0))
         for s in scores
@@ -175,7 +189,7 @@ def train(
         int | None,
         typer.Option(
             help="Learn from blocks with this side, odd, in voxels. Default: from 3-D context, "
-            "or blocks of 33 on native pixels."
+            "or blocks of 33 on native pixels; a cnn of towers from 17 on three levels."
         ),
     ] = None,
     levels: Annotated[
@@ -184,17 +198,25 @@ def train(
     ] = None,
     slices: Annotated[int | None, typer.Option(help="Slices in a block, odd. Default: 1.")] = None,
     spacing: Annotated[
-        str, typer.Option(help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels.")
-    ] = "1.5,1.5,3",
+        str | None,
+        typer.Option(
+            help="Working grid X,Y,Z in mm, or `native` for the scan's own pixels. "
+            "Default: 1.5,1.5,3, or 3,3,3 for a cnn, or native for a dataset of blocks."
+        ),
+    ] = None,
     classes: Annotated[
         str,
         typer.Option(
             help="`default` (the 23 that the dataset has), `dataset` (all it labels), or a CSV."
         ),
     ] = "default",
-    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    layout: Layout = "auto",
     split: Annotated[
-        Path | None, typer.Option(help="JSON of patients: train, validation, test.")
+        Path | None,
+        typer.Option(
+            help="JSON of patients: train, validation, test; or nnU-Net's splits_final.json, "
+            "its first fold, or that after a #: splits_final.json#2."
+        ),
     ] = None,
     n_per_class: Annotated[int, typer.Option(min=1, help="Blocks per class and patient.")] = 1000,
     context_factor: Annotated[
@@ -219,6 +241,24 @@ def train(
         str | None,
         typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
     ] = None,
+    model: Annotated[str, typer.Option(help="forest or cnn, a convolutional network.")] = "forest",
+    architecture: Annotated[
+        str, typer.Option(help="Of a cnn: towers, or the seed's readme and readme-pool.")
+    ] = "towers",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a cnn: batches learned from, at most.")
+    ] = None,
+    standardise: Annotated[
+        bool, typer.Option("--standardise", help="Of a cnn: mean 0, deviation 1 in each block.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Of a cnn: folder of checkpoints, from the latest of which it goes on."),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Of a cnn: file that gets a line of JSON every ten steps.")
+    ] = None,
+    device: Device = "auto",
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="extra_trees or random_forest.")] = "extra_trees",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -244,12 +284,17 @@ def train(
         flag = "--slices" if levels is None else "--levels"
         raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
     found = find_cases(dataset, layout)
+    network = _network(model, architecture, steps, standardise, seed, (resume, log, device))
+    if spacing is None:
+        usual = "1.5,1.5,3" if network is None else "3,3,3"
+        spacing = "native" if found.layout == "blocks" else usual
     spacing_mm = None if spacing == "native" else _three_lengths(spacing)
     recipe = Recipe(
         grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
         n_per_class=n_per_class,
         context_factor=context_factor,
         forest=ForestSettings(kind=forest, n_trees=trees, seed=seed),
+        network=network,
         classes=_classes(classes, found),
         split=None if split is None else _split(split, found),
         seed=seed,
@@ -259,14 +304,18 @@ def train(
     )
     check_file_target(out)
     with _progress() as progress:
-        model = learn(found, pattern, recipe, threads=threads, progress=progress)
-    save_model(model, out)
-    for warning in model.training["warnings"]:
+        learned = learn(found, pattern, recipe, threads=threads, progress=progress)
+    save_model(learned, out)
+    for warning in learned.training["warnings"]:
         _complain(f"{dataset}: warning: {warning}")
+    for note in learned.training.get("notes", ()):
+        _complain(f"{dataset}: note: {note}")
     if as_json:
-        _json({"model": str(out), "digest": model.digest, **_described(model)})
+        _json({"model": str(out), "digest": learned.digest, **_described(learned)})
         return
-    _describe(model)
+    n_cases, n_patients = len(found.cases), len(found.patients)
+    print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
+    _describe(learned)
     print(f"wrote {out}")
 
 
@@ -303,6 +352,7 @@ def segment(
         ),
     ] = False,
     preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
+    device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -315,7 +365,7 @@ def segment(
     targets = _targets(scans, out)
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
-    loaded = load_model(model)
+    loaded = _on_device(load_model(model), device)
     names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
     for name in wanted:
@@ -345,6 +395,7 @@ def locate(
     scan: Annotated[Path, typer.Option("-i", "--input", help="A scan (.nii, .nii.gz).")],
     model: ModelFile,
     stride: Stride = None,
+    device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -354,7 +405,7 @@ def locate(
     from organfast.pipeline import Settings, half_as_dense
     from organfast.pipeline import segment as find
 
-    loaded = load_model(model)
+    loaded = _on_device(load_model(model), device)
     settings = half_as_dense(Settings(stride=_stride(stride)), loaded)
     result = find(scan, loaded, settings, threads=threads)
     _warn(scan, result.warnings)
@@ -532,11 +583,34 @@ def evaluate(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A .organfast model, or a folder of scans.")],
+    layout: Layout = "auto",
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--quick",
+            help="Read every scan of a dataset and say what is wrong with it, or only list it.",
+        ),
+    ] = False,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, or list what is recognised in a dataset."""
+    """Describe a model, or list what is recognised in a dataset and, with --check, its faults.
+
+    Faults (exit code 1) would spoil training: files that cannot be read, labels on another grid,
+    HU that are none, left and right exchanged, an impossible order of organs, masks of two organs
+    that overlap, one scan under two patients. Notes (exit code 0) are worth a look: empty masks,
+    organs that most others have, odd volumes and spacings. --threads cases are in memory at a time.
+    """
     if path.is_dir():
-        described = _described_dataset(path)
+        from organfast.layouts import find_cases
+
+        dataset = find_cases(path, layout)
+        if check:
+            raise typer.Exit(_checked(dataset, threads=threads, as_json=as_json))
+        described = _described_dataset(dataset)
+    elif check or layout != "auto":
+        flag = "--check" if check else "--layout"
+        raise ValueError(f"{flag} is about a dataset, and {path} is no folder; leave it")
     else:
         from organfast.models.classifier import load_model
 
@@ -550,23 +624,50 @@ def info(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A .organfast file with a CNN in it.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    to: Annotated[str, typer.Option(help="onnx or stablehlo.")] = "onnx",
+) -> None:
+    """Write the network of a CNN for other programs; kept only if it gives what the model gives.
+
+    It takes blocks of the levels of the model's grid, (n, levels, slices, size, size) int16, and
+    gives probabilities, (n, classes) float32. The ONNX file's metadata name the classes, the
+    pattern, the window and the grid.
+    """
+    from organfast.models.classifier import load_model
+    from organfast.models.export import TOLERANCE, export_model
+    from organfast.results import check_file_target
+
+    check_file_target(out)
+    export_model(load_model(model), out, to)
+    print(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
+
+
+@app.command()
 def bench(
     full: Annotated[
         bool, typer.Option("--full", help="All block sizes, strides and threads, too.")
+    ] = False,
+    cnn: Annotated[
+        bool, typer.Option("--cnn", help="The CNN, too, dense and block by block; needs JAX.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time organfast against its peers and this machine's limits, as ratios; takes minutes."""
+    from organfast import benchcnn
     from organfast.bench import measure_all, run_record, sweep_rows, table_rows
     from organfast.benchcases import SWEEP, TABLE
 
     rounds = 3 if quick else 9
-    command = f"organfast bench{' --full' if full else ''}{' --quick' if quick else ''}"
+    flags = {"--full": full, "--cnn": cnn, "--quick": quick}
+    command = " ".join(["organfast bench", *(flag for flag, given in flags.items() if given)])
+    networks, notes = benchcnn.cnn_cases() if cnn else {}, [benchcnn.gpu_note()] if cnn else []
     with _progress() as progress:
-        table = measure_all(TABLE.values(), rounds, progress)
+        table = measure_all([*TABLE.values(), *networks.values()], rounds, progress)
         sweep = measure_all(SWEEP.values() if full else (), rounds, progress)
-    record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command)
+    record = run_record(table, dict(zip(SWEEP, sweep, strict=False)), command, notes)
     if as_json:
         _json(record)
         return
@@ -582,6 +683,8 @@ def bench(
     skipped = sorted({name for c in record["table"] for name in c["skipped"]})
     if skipped:
         print(f"\nnot installed, skipped: {', '.join(skipped)}")
+    for note in record["notes"]:
+        print(f"\n{note}")
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -613,6 +716,51 @@ def _stride(text: str | None) -> int | tuple[int, int, int] | None:
     if len(numbers) == 3:
         return numbers[0], numbers[1], numbers[2]
     raise ValueError(f"--stride {text} has {len(numbers)} numbers; give N or COLS,ROWS,SLICES")
+
+
+def _network(
+    model: str,
+    architecture: str,
+    steps: int | None,
+    standardise: bool,
+    seed: int,
+    run: tuple[Path | None, Path | None, str],
+) -> NetworkRecipe | None:
+    """What network to learn, where one is asked for."""
+    if model not in ("forest", "cnn"):
+        raise typer.BadParameter(f"{model!r} is unknown; use forest or cnn", param_hint="--model")
+    resume, log, device = run
+    given = {
+        "--architecture": architecture != "towers",
+        "--steps": steps is not None,
+        "--standardise": standardise,
+        "--resume": resume is not None,
+        "--log": log is not None,
+        "--device": device != "auto",
+    }
+    if model == "forest":
+        for flag, is_given in given.items():
+            if is_given:
+                raise typer.BadParameter("is about a cnn; give --model cnn", param_hint=flag)
+        return None
+    from organfast.networklearning import NetworkRecipe, training_settings
+
+    options = {"seed": seed, "device": device} | ({} if steps is None else {"steps": steps})
+    settings, outputs = training_settings(options, architecture, checkpoints=resume, log=log)
+    return NetworkRecipe(architecture, standardise=standardise, training=settings, outputs=outputs)
+
+
+def _on_device(model: Model, device: str) -> Model:
+    """A model whose network runs on a device; a forest runs on the CPU in any case."""
+    from organfast.models.cnn import Cnn
+    from organfast.models.devices import find_devices
+
+    if not isinstance(model.classifier, Cnn):
+        if device == "gpu":
+            raise ValueError("the model is a forest, which runs on the CPU; leave --device")
+        return model
+    find_devices(device)
+    return replace(model, classifier=replace(model.classifier, device=device))
 
 
 def _refine(coarse_to_fine: bool, margin: float | None) -> Refine | None:
@@ -653,7 +801,7 @@ def _classes(choice: str, dataset: Dataset) -> ClassTable | None:
 def _split(path: Path, dataset: Dataset) -> Split:
     from organfast.sampling import Split
 
-    split = Split.read(path)
+    split = Split.read(path, {case.name: case.patient for case in dataset.cases})
     try:
         split.check(dataset.patients)
     except ValueError as error:
@@ -912,6 +1060,8 @@ def _described(model: Model) -> dict[str, Any]:
         for use, score in model.scores.items()
     }
     return {
+        "classifier": model.kind,
+        **({"network": model.network} if model.network else {}),
         "classes": list(model.classes.names),
         "pattern": model.pattern.to_dict(),
         "grid": model.grid.to_dict(),
@@ -924,6 +1074,9 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _describe(model: Model) -> None:
+    if model.kind == "cnn":
+        of_network = model.training["network"]
+        print(f"cnn: {of_network['n_steps']} steps; stopped {of_network['stopped']}")
     print(f"{len(model.classes)} classes, {model.training['n_examples']} blocks")
     if not model.scores:
         print("no patient was held out, so there is no score; give --split or more patients")
@@ -934,18 +1087,55 @@ def _describe(model: Model) -> None:
         )
 
 
-def _described_dataset(folder: Path) -> dict[str, Any]:
-    from organfast.layouts import dataset_classes, find_cases
+def _described_dataset(dataset: Dataset) -> dict[str, Any]:
+    from organfast.layouts import dataset_classes, dataset_notes
 
-    dataset = find_cases(folder)
+    classes = dataset_classes(dataset)
     return {
         "layout": dataset.layout,
         "patients": len(dataset.patients),
         "cases": [case.name for case in dataset.cases],
         "without labels": list(dataset.skipped),
-        "classes": list(dataset_classes(dataset).names),
+        "classes": list(classes.names),
         "structures": list(dataset.structures),
+        "notes": list(dataset_notes(dataset, classes)),
     }
+
+
+def _checked(dataset: Dataset, *, threads: int, as_json: bool) -> int:
+    """Print what is wrong with a dataset, and return the exit code."""
+    from organfast.doctor import KINDS, check_dataset
+
+    with _progress() as progress:
+        checkup = check_dataset(dataset, threads=threads, progress=progress)
+    code = EXIT_INPUT if checkup.n_faults else 0
+    if as_json:
+        _json({**_described_dataset(dataset), "check": checkup.to_dict()})
+        return code
+    n_faults, n_notes = checkup.n_faults, len(checkup.findings) - checkup.n_faults
+    print(f"layout {dataset.layout}: {len(dataset.cases)} cases, ", end="")
+    print(f"{n_faults} faults, {n_notes} notes; {len(dataset.skipped)} scans without labels")
+    if checkup.findings:
+        print()
+        rows = [(f.level, f.kind, f.case, f.text) for f in checkup.findings]
+        _text_table(("level", "what", "case", "found"), rows)
+        print()
+        for kind in dict.fromkeys(f.kind for f in checkup.findings):
+            print(f"{kind}: {KINDS[kind]}")
+    return code
+
+
+def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text; the last one goes on below itself as wide as the terminal is."""
+    printable = [["".join(c if c.isprintable() else "?" for c in cell) for cell in r] for r in rows]
+    every = [list(columns), *printable]
+    widths = [max(len(row[n]) for row in every) for n in range(len(columns) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(40, shutil.get_terminal_size().columns - indent)
+    for *cells, last in every:
+        first = "".join(f"{c.ljust(w)}  " for c, w in zip(cells, widths, strict=True))
+        lines = textwrap.wrap(last, room) or [""]
+        print("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
 
 
 def _plain(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.errors import InputError
+from organfast.grid import ModelGrid
 from organfast.layouts import write_case
 from organfast.learning import Recipe, train
 from organfast.metrics import centroid_error_mm, dice_per_class
 from organfast.models.classifier import save_model
 from organfast.models.forest import ForestSettings
+from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.organs import measure_organs
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, PhantomCase, class_labels, cohort, phantom
@@ -32,7 +34,7 @@ _UNSEEN_PATIENT = 2**31 + 1
 # Spacing (x, y, z), mm, and pixels along a side; the unseen scan is finer than those learned from.
 _COHORT = ((1.6, 1.6, 4.0), 256)
 _UNSEEN = ((0.8, 0.8, 3.0), 512)
-_N_PER_CLASS, _N_TREES = 400, 60
+_N_PER_CLASS, _N_TREES, _N_STEPS = 400, 60, 400
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def run_demo(
     n_patients: int,
     seed: int,
     *,
+    kind: str = "forest",
     threads: int = 1,
     progress: Progress = silent,
 ) -> list[OrganScore]:
@@ -75,7 +78,9 @@ def run_demo(
     n_patients : int
         Patients to learn from.
     seed : int
-        Seed of the patients and of the forest.
+        Seed of the patients and of the classifier.
+    kind : {"forest", "cnn"}
+        What learns.
     threads : int
         Threads; the files do not depend on it.
     progress : callable, optional
@@ -102,12 +107,7 @@ def run_demo(
 
     model = train(
         folder / "cohort",
-        recipe=Recipe(
-            n_per_class=_N_PER_CLASS,
-            context_factor=5,
-            forest=ForestSettings("extra_trees", n_trees=_N_TREES, seed=seed),
-            seed=seed,
-        ),
+        recipe=_recipe(kind, seed),
         threads=threads,
         progress=progress,
     )
@@ -129,6 +129,25 @@ def run_demo(
     text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
     (folder / "scores.json").write_text(text, encoding="utf-8")
     return scores
+
+
+def _recipe(kind: str, seed: int) -> Recipe:
+    if kind not in ("forest", "cnn"):
+        raise ValueError(f"kind is {kind!r}; give forest or cnn")
+    recipe = Recipe(
+        n_per_class=_N_PER_CLASS,
+        context_factor=5,
+        forest=ForestSettings("extra_trees", n_trees=_N_TREES, seed=seed),
+        seed=seed,
+    )
+    if kind == "forest":
+        return recipe
+    settings, outputs = training_settings({"seed": seed, "steps": _N_STEPS})
+    return replace(
+        recipe,
+        grid=ModelGrid((3.0, 3.0, 3.0), "piecewise"),
+        network=NetworkRecipe(training=settings, outputs=outputs),
+    )
 
 
 def _unseen_patient(seed: int, threads: int) -> PhantomCase:

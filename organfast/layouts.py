@@ -1,33 +1,31 @@
 """Finds labelled cases on disk, and brings their labels to the classes of a model.
 
-Three layouts are recognised; listing them reads file names and label tables, never voxels::
+Six layouts are recognised; listing them reads file names and label tables, never voxels::
 
     totalsegmentator   s0011/ct.nii.gz   s0011/segmentations/liver.nii.gz ...
                        or one label map: s0011/labels.nii.gz, segmentation(s).nii.gz, *_seg.nii.gz
     visceral           10000100_1_CTce_ThAb.nii.gz   10000100_1_CTce_ThAb_58_4.nii.gz ...
                        (patient, scan, modality, region; RadLex id, annotator), up to two folders
                        deep, images and masks together or apart
+    nnunet             dataset.json   imagesTr/NAME_0000.nii.gz   labelsTr/NAME.nii.gz
+    msd                dataset.json, which lists its images and labels; see ``decathlon``
     pairs              NAME.nii.gz   NAME_labels.nii.gz or NAME_seg.nii.gz
+                       or images/NAME.nii.gz   labels/NAME.nii.gz
+    blocks             NAME.csv of blocks that were cut out already; see ``blockfiles``
 
-What the numbers of a label map mean stands in ``labels.csv`` (columns ``id,name``) or
-``labels.json`` (id -> name or name -> id) beside it or in the dataset's folder. Without either they
-are the ids of TotalSegmentator v2.
-
-Cases are patients unless ``patients.csv`` (columns ``case,patient``) in the dataset's folder says
-which cases are scans of one person.
+What the numbers of a label map mean stands in a table, see ``labeltables``. Cases are patients
+unless ``patients.csv`` (columns ``case,patient``) in the dataset's folder says which cases are
+scans of one person.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
+from organfast.anatomy import ClassTable, Structure, canonical_name, stand_in_notes
+from organfast.blockfiles import find_block_files
+from organfast.cases import (
+    IGNORED,
+    BlockFile,
+    Case,
+    Dataset,
+    LabelMap,
+    Masks,
+    list_folder,
+    masks_by_structure,
+    nifti_stem,
+    several,
+)
+from organfast.decathlon import find_msd, find_nnunet
 from organfast.errors import InputError
+from organfast.labeltables import NamesOf, label_names
 from organfast.nifti import Geometry, corners_apart_mm, read_labels, write_labels, write_volume
 from organfast.volume import Volume
 
 __all__ = [
+    "LAYOUTS",
+    "BlockFile",
     "Case",
     "CaseLabels",
     "Dataset",
@@ -50,14 +65,18 @@ __all__ = [
     "check_classes",
     "class_of_names",
     "dataset_classes",
+    "dataset_notes",
     "dataset_nuisance",
     "find_cases",
     "find_scans",
+    "grid_mismatch",
+    "inside_of",
+    "is_doubtful",
+    "is_region",
     "lies_in",
     "write_case",
 ]
 
-_SUFFIXES = (".nii.gz", ".nii")
 _LABEL_MAP_NAMES = ("labels", "segmentation", "segmentations")
 _LABEL_MAP_ENDINGS = ("_labels", "_seg")
 _VISCERAL = re.compile(
@@ -66,7 +85,6 @@ _VISCERAL = re.compile(
 _MASK_FOLDER = "segmentations"
 _MAP_FOLDER = "probabilities"
 _DEPTH = 2
-_MAX_ID = 65_535
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
 _CHUNK = 1 << 20
 # Writers round affines differently; a tenth of a voxel moves no label.
@@ -78,8 +96,6 @@ _PART_OF = {
     "lung_vessel_left": "lung_left",
     "liver_vessel": "liver",
 }
-# The rest of the inside has a label of its own where one of these has.
-_REST_OF_INSIDE = ("body_envelope", "thorax_abdomen", "trunk_fat")
 # Structures of the trunk's wall: bones, muscles, fat and skin around what the organs lie in.
 _WALL = (
     *("skin", "subcutaneous_fat", "intermuscular_fat", "breast_*", "body_wall_muscle"),
@@ -105,111 +121,6 @@ _ANYWHERE = frozenset(
     )
 )
 _SIDES = frozenset(("left", "right"))
-
-NamesOf = Callable[[Path], Mapping[int, str]]
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """One file in which every structure has its number.
-
-    Parameters
-    ----------
-    path : Path
-        The label map.
-    names : mapping of int to str
-        What each number means. A structure that is named but has no voxel is known to be absent.
-    """
-
-    path: Path
-    names: Mapping[int, str]
-
-    @property
-    def annotated(self) -> frozenset[str]:
-        """Names of the structures that the file would show if they were there."""
-        return frozenset(name for label, name in self.names.items() if label > 0)
-
-    @property
-    def zero_is_background(self) -> bool:
-        """Whether 0 is the outside of the body rather than all that has no label.
-
-        So it is only where the rest of the inside of the body has a label of its own.
-        """
-        rest = not set(_REST_OF_INSIDE).isdisjoint(self.names.values())
-        return rest and self.names.get(0) == "background"
-
-
-@dataclass(frozen=True)
-class Masks:
-    """One file per structure, non-zero inside it.
-
-    Parameters
-    ----------
-    paths : mapping of str to Path
-        Structure name (or RadLex id) -> file. A structure without a file is not annotated.
-    """
-
-    paths: Mapping[str, Path]
-
-    @property
-    def annotated(self) -> frozenset[str]:
-        """Names of the structures that have a file."""
-        return frozenset(self.paths)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One labelled scan of a dataset; its voxels are read when they are needed.
-
-    Parameters
-    ----------
-    name : str
-        Unique in the dataset.
-    patient : str
-        The same for all scans of one person: what a split keeps together.
-    image : Path
-        The CT scan.
-    labels : LabelMap or Masks
-        Where its structures are.
-    """
-
-    name: str
-    patient: str
-    image: Path
-    labels: LabelMap | Masks
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a folder of labelled scans holds.
-
-    Parameters
-    ----------
-    folder : Path
-        Where it lies.
-    layout : str
-        "totalsegmentator", "visceral" or "pairs".
-    cases : tuple of Case
-        Sorted by name.
-    skipped : tuple of str
-        Scans without labels, by name.
-    """
-
-    folder: Path
-    layout: str
-    cases: tuple[Case, ...]
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def patients(self) -> tuple[str, ...]:
-        """Each patient once, sorted."""
-        return tuple(sorted({case.patient for case in self.cases}))
-
-    @property
-    def structures(self) -> tuple[str, ...]:
-        """Names that some case annotates, sorted; see ``ClassTable.from_names``."""
-        annotated = frozenset[str]().union(*(case.labels.annotated for case in self.cases))
-        return tuple(sorted(annotated))
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +171,7 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     ----------
     folder : str or PathLike
         Root of the dataset.
-    layout : {"auto", "totalsegmentator", "visceral", "pairs"}
+    layout : {"auto", "totalsegmentator", "visceral", "nnunet", "msd", "pairs", "blocks"}
         How the files are arranged; "auto" finds out.
 
     Raises
@@ -271,11 +182,13 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     ValueError
         The layout is unknown.
     """
-    if layout != "auto" and layout not in _FINDERS:
-        raise ValueError(f"layout {layout!r} is unknown; use auto, {', '.join(_FINDERS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
     folder = Path(folder)
-    names_of = _label_names(folder)
+    names_of = label_names(folder)
     tried = _FINDERS if layout == "auto" else {layout: _FINDERS[layout]}
+    if layout == "blocks":  # what else is in the folder is then no reason to doubt
+        tried = {layout: lambda folder, _: find_block_files(folder, surely=True)}
     found = {name: find(folder, names_of) for name, find in tried.items()}
     datasets = [Dataset(folder, name, *lists) for name, lists in found.items() if lists[0]]
     if len(datasets) > 1:
@@ -284,9 +197,9 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
     if not datasets:
         raise InputError(
             folder,
-            "holds no labelled scan",
+            "holds no labelled scan" + ("" if layout == "auto" else f" of layout {layout}"),
             "give NAME.nii.gz with NAME_labels.nii.gz, sub-folders with ct.nii.gz and labels, "
-            "or VISCERAL's file names",
+            "VISCERAL's file names, or dataset.json with imagesTr and labelsTr",
         )
     return _with_patients(datasets[0])
 
@@ -316,11 +229,11 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     """
     path = Path(path)
     if not path.is_dir():
-        return {_stem(path.name) or path.name: path}
+        return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
     for name, file in sorted(_scans_in(path, Path(), _DEPTH)):
         if name in scans:
-            raise _several(path, [scans[name], file])
+            raise several(path, [scans[name], file])
         scans[name] = file
     if not scans:
         raise InputError(path, "holds no scan", "give a folder with .nii or .nii.gz files")
@@ -328,7 +241,7 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
 
 
 def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
-    files, folders = _list(folder)
+    files, folders = list_folder(folder)
     scans = []
     for stem, path in files.items():
         match = _VISCERAL.fullmatch(stem)
@@ -347,8 +260,8 @@ _Found = tuple[tuple[Case, ...], tuple[str, ...]]
 
 def _find_totalsegmentator(folder: Path, names_of: NamesOf) -> _Found:
     cases, skipped = [], []
-    for name, subject in sorted(_list(folder)[1].items()):
-        files, folders = _list(subject)
+    for name, subject in sorted(list_folder(folder)[1].items()):
+        files, folders = list_folder(subject)
         if "ct" not in files:
             continue
         labels = _subject_labels(subject, files, folders, names_of)
@@ -365,11 +278,13 @@ def _subject_labels(
     """A label map in the subject's folder, else its folder of masks."""
     maps = [path for stem, path in files.items() if _is_label_map(stem)]
     if len(maps) > 1:
-        raise _several(subject, maps)
+        raise several(subject, maps)
     if maps:
         return LabelMap(maps[0], names_of(maps[0]))
-    masks = _list(folders[_MASK_FOLDER])[0] if _MASK_FOLDER in folders else {}
-    return Masks(masks) if masks else None
+    if _MASK_FOLDER not in folders:
+        return None
+    masks = list_folder(folders[_MASK_FOLDER])[0]
+    return masks_by_structure(subject, masks) if masks else None
 
 
 def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
@@ -385,7 +300,7 @@ def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
         patients[scan] = match["patient"]
         if radlex is None:
             if scan in images:
-                raise _several(folder, [images[scan], path])
+                raise several(folder, [images[scan], path])
             images[scan] = path
             continue
         annotated = (int(match["annotator"]), path)
@@ -397,7 +312,9 @@ def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
             scan,
             patients[scan],
             image,
-            Masks({radlex: path for radlex, (_, path) in sorted(masks[scan].items())}),
+            masks_by_structure(
+                folder, {id_: path for id_, (_, path) in sorted(masks[scan].items())}
+            ),
         )
         for scan, image in sorted(images.items())
         if scan in masks
@@ -406,15 +323,20 @@ def _find_visceral(folder: Path, names_of: NamesOf) -> _Found:
 
 
 def _find_pairs(folder: Path, names_of: NamesOf) -> _Found:
-    files = _list(folder)[0]
+    files, folders = list_folder(folder)
     labelled: dict[str, Path] = {}
+    if {"images", "labels"} <= folders.keys():
+        apart = list_folder(folders["images"])[0]
+        maps = {_unlabelled(s): p for s, p in list_folder(folders["labels"])[0].items()}
+        labelled = {name: maps[name] for name in apart if name in maps}
+        if labelled:
+            files = {**files, **apart}
     for stem, path in files.items():
-        for ending in _LABEL_MAP_ENDINGS:
-            image = stem.removesuffix(ending)
-            if stem.endswith(ending) and image in files:
-                if image in labelled:
-                    raise _several(folder, [labelled[image], path])
-                labelled[image] = path
+        image = _unlabelled(stem)
+        if stem != image and image in files:
+            if image in labelled:
+                raise several(folder, [labelled[image], path])
+            labelled[image] = path
     cases = tuple(
         Case(name, name, files[name], LabelMap(path, names_of(path)))
         for name, path in sorted(labelled.items())
@@ -424,51 +346,30 @@ def _find_pairs(folder: Path, names_of: NamesOf) -> _Found:
     return cases, tuple(sorted(alone))
 
 
+def _unlabelled(stem: str) -> str:
+    """The name of a label map without what says that it is one."""
+    ending = next((e for e in _LABEL_MAP_ENDINGS if stem.endswith(e)), "")
+    return stem.removesuffix(ending)
+
+
 _FINDERS: dict[str, Callable[[Path, NamesOf], _Found]] = {
     "visceral": _find_visceral,
     "totalsegmentator": _find_totalsegmentator,
+    "nnunet": lambda folder, _: find_nnunet(folder),
+    "msd": lambda folder, _: find_msd(folder),
     "pairs": _find_pairs,
+    "blocks": lambda folder, _: find_block_files(folder),
 }
+LAYOUTS = ("auto", "totalsegmentator", "visceral", "nnunet", "msd", "pairs", "blocks")
+"""What ``find_cases`` takes as a layout."""
 
 
 def _is_label_map(stem: str) -> bool:
     return stem in _LABEL_MAP_NAMES or stem.endswith(_LABEL_MAP_ENDINGS)
 
 
-def _stem(name: str) -> str | None:
-    """A file's name without ``.nii`` or ``.nii.gz``; None where it has neither."""
-    suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
-    return None if suffix is None else name.removesuffix(suffix)
-
-
-def _several(folder: Path, paths: Iterable[Path]) -> InputError:
-    names = " and ".join(sorted(os.path.relpath(path, folder) for path in paths))
-    return InputError(folder, f"holds {names} for one scan", "leave one of them")
-
-
-def _list(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """NIfTI files by their names without ending, and sub-folders by name; hidden ones left out."""
-    files: dict[str, Path] = {}
-    folders: dict[str, Path] = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                stem = _stem(entry.name)
-                if entry.name.startswith("."):
-                    continue
-                if stem is not None:
-                    files.setdefault(stem, folder / entry.name)
-                elif entry.is_dir():
-                    folders[entry.name] = folder / entry.name
-    except OSError as error:
-        raise InputError(
-            folder, f"cannot be listed ({error.strerror})", "give the folder of a dataset"
-        ) from None
-    return files, folders
-
-
 def _walk(folder: Path, depth: int) -> list[tuple[str, Path]]:
-    files, folders = _list(folder)
+    files, folders = list_folder(folder)
     found = list(files.items())
     if depth:
         for sub_folder in folders.values():
@@ -502,70 +403,6 @@ def _with_patients(dataset: Dataset) -> Dataset:
         replace(case, patient=patient_of.get(case.name, case.patient)) for case in dataset.cases
     )
     return replace(dataset, cases=tuple(cases))
-
-
-# --- label tables ---------------------------------------------------------------------------------
-
-
-def _label_names(dataset: Path) -> NamesOf:
-    """Where to look up the names of a label map: beside it, in the dataset, else the scheme."""
-    table = cache(_read_table)
-
-    def names_of(label_map: Path) -> Mapping[int, str]:
-        names = table(label_map.parent)
-        if names is None:
-            names = table(dataset)
-        return totalsegmentator_names() if names is None else names
-
-    return names_of
-
-
-def _read_table(folder: Path) -> Mapping[int, str] | None:
-    for name, parse in (("labels.csv", _parse_csv), ("labels.json", _parse_json)):
-        path = folder / name
-        try:
-            return _checked_names(parse(path.read_text(encoding="utf-8-sig")))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, csv.Error) as error:
-            raise InputError(
-                path, f"is no label table ({error})", "give columns id,name or a JSON object"
-            ) from None
-    return None
-
-
-def _parse_csv(text: str) -> list[tuple[Any, Any]]:
-    rows = csv.DictReader(text.splitlines())
-    if not {"id", "name"}.issubset(rows.fieldnames or ()):
-        raise ValueError("it lacks the columns id and name")
-    return [(row["id"], row["name"]) for row in rows]
-
-
-def _parse_json(text: str) -> list[tuple[Any, Any]]:
-    table = json.loads(text)
-    if isinstance(table, dict):
-        table = table.get("labels", table)
-    if not isinstance(table, dict):
-        raise ValueError("it is no JSON object")
-    if all(str(key).strip().isdecimal() for key in table):
-        return list(table.items())
-    return [(label, name) for name, label in table.items()]
-
-
-def _checked_names(rows: Iterable[tuple[Any, Any]]) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for label_text, name_text in rows:
-        label, name = int(label_text), re.sub(r"[\s/\\]+", "_", str(name_text or "").strip())
-        if not 0 <= label <= _MAX_ID:
-            raise ValueError(f"id {label} is outside 0..{_MAX_ID}")
-        if label in names:
-            raise ValueError(f"id {label} stands twice")
-        if not name:
-            raise ValueError(f"id {label} has no name")
-        names[label] = name
-    if not names:
-        raise ValueError("it has no rows")
-    return names
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -618,6 +455,36 @@ def check_classes(classes: ClassTable, dataset: Dataset) -> None:
             )
 
 
+def dataset_notes(dataset: Dataset, classes: ClassTable) -> tuple[str, ...]:
+    """What stands for a class without being called so: the lobes of a lung, the iliopsoas.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Of ``find_cases``.
+    classes : ClassTable
+        The classes of the model.
+
+    Returns
+    -------
+    tuple of str
+        One line for each such class.
+    """
+    names = set(dataset.structures)
+    caveats = stand_in_notes()
+    notes = []
+    for s in classes.structures:
+        others = sorted(names.intersection(s.totalsegmentator) - {s.name})
+        if s.name in names or not others:
+            continue
+        if len(others) > 1:
+            notes.append(f"{' + '.join(others)} make up {s.name}")
+        else:
+            caveat = f": {caveats[others[0]]}" if others[0] in caveats else ""
+            notes.append(f"{others[0]} stands for {s.name}{caveat}")
+    return tuple(notes)
+
+
 def dataset_nuisance(dataset: Dataset, classes: ClassTable) -> dict[str, int]:
     """Structures that a dataset labels beside those of a class table: heart, bowel, bones, ...
 
@@ -645,7 +512,7 @@ def dataset_nuisance(dataset: Dataset, classes: ClassTable) -> dict[str, int]:
     groups = {
         _group(name): lies_in(_named(name), classes)
         for name in dataset.structures
-        if name not in class_of and not _is_region(name) and not _is_doubtful(name, classes)
+        if name not in class_of and not is_region(name) and not is_doubtful(name, classes)
     }
     return dict(sorted(groups.items()))
 
@@ -661,8 +528,9 @@ def class_of_names(classes: ClassTable) -> dict[str, int]:
     """
     known = {s.name: label for label, s in enumerate(classes.structures)}
     for label, s in enumerate(classes.structures):
-        for name in (*s.aliases, *s.totalsegmentator):
+        for name in (s.name, *s.aliases, *s.totalsegmentator):
             known.setdefault(name, label)
+            known.setdefault(canonical_name(name), label)
     for part, whole in _PART_OF.items():
         if whole in classes:
             known.setdefault(part, classes.index(whole))
@@ -699,13 +567,27 @@ def _group(name: str) -> str:
     return re.sub(r"_?\d+$", "", _named(name))
 
 
-def _is_region(name: str) -> bool:
-    """Whether the name says no more than that a voxel is somewhere in the body."""
+def is_region(name: str) -> bool:
+    """Whether the name says no more than that a voxel is somewhere in the body.
+
+    Parameters
+    ----------
+    name : str
+        Of a structure.
+    """
     return _named(name).lower() in _REGIONS
 
 
-def _is_doubtful(name: str, classes: ClassTable) -> bool:
-    """Whether a structure that is none of the table's may yet be, hold or lie in one of them."""
+def is_doubtful(name: str, classes: ClassTable) -> bool:
+    """Whether a structure that is none of the table's may yet be, hold or lie in one of them.
+
+    Parameters
+    ----------
+    name : str
+        Of the structure.
+    classes : ClassTable
+        The table.
+    """
     words = _words(_named(name))
     if _named(name).isdecimal() or not words.isdisjoint(_ANYWHERE):
         return True
@@ -728,7 +610,8 @@ def _words(name: str) -> frozenset[str]:
 def _is_annotated(structure: Structure, names: frozenset[str]) -> bool:
     parts = structure.totalsegmentator
     whole = bool(parts) and names.issuperset(parts)
-    return whole or not names.isdisjoint(structure.aliases)
+    aliases = {*structure.aliases, *map(canonical_name, structure.aliases)}
+    return whole or not names.isdisjoint(aliases)
 
 
 # --- labels of a case -----------------------------------------------------------------------------
@@ -761,8 +644,10 @@ def case_labels(
     ------
     InputError
         A label file cannot be read, lies on another grid than the image, holds a number without a
-        name or several values in a mask, or the case has no labelled voxel at all.
+        name or several values in a mask, the case has no labelled voxel at all, or it is of blocks.
     """
+    if isinstance(case.labels, BlockFile):
+        raise InputError(case.image, "holds blocks, not a scan", "train a Block on the dataset")
     annotated = case.labels.annotated
     missing = frozenset(
         label
@@ -781,9 +666,20 @@ class _Labels:
     """What each name of a case becomes, in which dtype; a name that is not here is unlabelled."""
 
     by_name: Mapping[str, int]
+    n_classes: int
     dtype: np.dtype[Any]
 
     unlabelled: int
+
+    def narrowest(self, names: Sequence[str]) -> int:
+        """The label of nested structures, the narrowest first: the first that is a class, if any.
+
+        What is to be ignored is no part of anything.
+        """
+        labels = [self.by_name.get(name, self.unlabelled) for name in names]
+        if names[0] == IGNORED:
+            return labels[0]
+        return next((label for label in labels if label < self.n_classes), labels[0])
 
 
 def _labels_of(
@@ -798,13 +694,14 @@ def _labels_of(
     for name in annotated:
         if name in class_of:
             by_name[name] = class_of[name]
-        elif nuisance is None or _is_region(name):
+        elif nuisance is None or is_region(name):
             continue
-        elif _is_doubtful(name, classes):
+        elif is_doubtful(name, classes):
             by_name[name] = unlabelled - 1
         elif _group(name) in fine:
             by_name[name] = fine[_group(name)]
-    return _Labels(by_name, np.dtype(dtype), unlabelled)
+    by_name[IGNORED] = unlabelled - 1
+    return _Labels(by_name, len(classes), np.dtype(dtype), unlabelled)
 
 
 def _from_label_map(label_map: LabelMap, label_of: _Labels, volume: Volume) -> NDArray[Any]:
@@ -815,7 +712,7 @@ def _from_label_map(label_map: LabelMap, label_of: _Labels, volume: Volume) -> N
     named[0] = True
     for number, name in label_map.names.items():
         if number < n_ids:
-            table[number] = label_of.by_name.get(name, label_of.unlabelled)
+            table[number] = label_of.narrowest((name, *label_map.within.get(number, ())))
             named[number] = True
     table[0] = 0 if label_map.zero_is_background else label_of.unlabelled
 
@@ -870,7 +767,24 @@ def _nothing_labelled(path: Path) -> InputError:
 
 
 def _read_mask(path: Path, volume: Volume) -> NDArray[np.bool_]:
-    mask = _read_on_grid(path, volume)
+    return inside_of(path, _read_on_grid(path, volume))
+
+
+def inside_of(path: Path, mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a mask is not 0.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, which an error names.
+    mask : (n_a, n_b, n_c) uint8 or uint16
+        What was read from it.
+
+    Raises
+    ------
+    InputError
+        It holds several labels.
+    """
     inside: NDArray[np.bool_] = mask != 0
     greatest = mask.max()
     if np.count_nonzero(inside) != np.count_nonzero(mask == greatest) and greatest:
@@ -883,19 +797,33 @@ def _read_mask(path: Path, volume: Volume) -> NDArray[np.bool_]:
 def _read_on_grid(path: Path, volume: Volume) -> NDArray[Any]:
     """Labels of a file that must lie on the grid of the volume."""
     labels, affine = read_labels(path)
-    problem = ""
-    if labels.shape != volume.hu.shape:
-        shapes = ["×".join(map(str, shape)) for shape in (labels.shape, volume.hu.shape)]
-        problem = f"{shapes[0]} voxels, the image {shapes[1]}"
-    else:
-        apart = corners_apart_mm(labels.shape, affine, volume.affine)
-        if apart > _GRID_TOLERANCE * min(volume.working_spacing_mm):
-            problem = f"up to {apart:.3g} mm apart"
+    problem = grid_mismatch(labels.shape, affine, volume)
     if problem:
         raise InputError(
             path, f"lies on another grid than its image: {problem}", "resample it onto the image"
         )
     return labels
+
+
+def grid_mismatch(shape: tuple[int, ...], affine: NDArray[np.float64], volume: Volume) -> str:
+    """How the grid of some labels differs from that of their image; nothing where it does not.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels of the labels along the stored axes.
+    affine : (4, 4) float64
+        Their stored voxel index -> RAS+ mm.
+    volume : Volume
+        The image.
+    """
+    if shape != volume.hu.shape:
+        shapes = ["×".join(map(str, of)) for of in (shape, volume.hu.shape)]
+        return f"{shapes[0]} voxels, the image {shapes[1]}"
+    apart = corners_apart_mm(volume.hu.shape, affine, volume.affine)
+    if apart > _GRID_TOLERANCE * min(volume.working_spacing_mm):
+        return f"up to {apart:.3g} mm apart"
+    return ""
 
 
 # --- writing --------------------------------------------------------------------------------------

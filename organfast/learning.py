@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation, altered_copy, jittered
+from organfast.blockfiles import classes_in
+from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
 from organfast.blocks import Block, Context, pattern_on
 from organfast.body import body_mask
 from organfast.errors import is_whole
@@ -29,15 +31,18 @@ from organfast.grid import BlockGrid, ModelGrid
 from organfast.layouts import (
     Case,
     Dataset,
-    LabelMap,
+    Masks,
     check_classes,
     dataset_classes,
+    dataset_notes,
     dataset_nuisance,
     find_cases,
 )
 from organfast.metrics import accuracy, confusion
 from organfast.models.classifier import Model
-from organfast.models.forest import ForestSettings, train_forest
+from organfast.models.cnn import Cnn
+from organfast.models.forest import Forest, ForestSettings, train_forest
+from organfast.networklearning import DrawnCase, NetworkRecipe, learned_network
 from organfast.nifti import file_digest
 from organfast.probability import SliceClassifier, probability_slabs
 from organfast.progress import Progress, silent
@@ -55,10 +60,13 @@ from organfast.workers import Workers
 __all__ = ["Recipe", "Sampling", "case_digests", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
-WORKING_STRIDE = (2, 3, 3)
+APART_MM = (4.5, 4.5, 6.0)
 EASIEST = 0.02
 """Weight of a voxel that the guide is certain of, beside 1 for one that it gets wholly wrong."""
 GIB = 1 << 30
+BACKGROUND = 0
+_N_JUDGED = 250
+"""Positions of each class and held-out patient on which it is decided when a network is trained."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,8 @@ class Recipe:
         patient trains: its context teaches little of the next one's, and displaces the organs.
     forest : ForestSettings
         Kind and size of the forest.
+    network : NetworkRecipe or None
+        The network to learn instead of a forest.
     classes : ClassTable or None
         Structures to learn; None takes those of the default table that the dataset annotates.
     split : Split or None
@@ -177,6 +187,7 @@ class Recipe:
     n_per_class: int = 1000
     context_factor: int | None = None
     forest: ForestSettings = field(default_factory=ForestSettings)
+    network: NetworkRecipe | None = None
     classes: ClassTable | None = None
     split: Split | None = None
     seed: int = 0
@@ -215,6 +226,17 @@ class Recipe:
         of_classes = [self.n_per_class * (factor if role == "context" else 1) for role in roles]
         beside = self.sampling.n_per_nuisance
         return of_classes if beside is None else of_classes + [beside] * n_nuisance
+
+    def check_for_blocks(self) -> None:
+        """Raise ValueError when this needs the scans that a dataset of blocks does not have."""
+        remedies = {
+            "be brought to a working grid": (self.grid.spacing_mm, "use ModelGrid(None)"),
+            "be asked by a guide": (self.sampling.guide, "leave the guide"),
+            "be altered": (self.augmentation, "leave the augmentation"),
+        }
+        for what, (asked, remedy) in remedies.items():
+            if asked is not None:
+                raise ValueError(f"blocks that were cut out cannot {what}; {remedy}")
 
     def check_memory(self, n_examples: int, n_features: int, n_parts: int) -> None:
         """Raise ValueError when the features of the examples would take too much memory.
@@ -285,7 +307,8 @@ def train(
     pattern : Block or Context, optional
         What the classifier sees around a position; see ``pattern_on`` for the default.
     recipe : Recipe, optional
-        Everything else that shapes the model.
+        Everything else that shapes the model. A dataset of blocks is learned on the scan's own
+        pixels, as ``Recipe(grid=ModelGrid(None))`` has it, and without what needs the scan.
     threads : int
         Threads of the training; the model does not depend on it.
     progress : callable, optional
@@ -303,9 +326,11 @@ def train(
     ValueError
         The recipe does not fit the dataset, or what is learned from would not fit in memory.
     """
-    recipe = recipe or Recipe()
-    pattern = pattern_on(recipe.grid, pattern)
     dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
+    if dataset.layout == "blocks":
+        recipe = recipe or Recipe(grid=ModelGrid(None))
+        return _train_on_blocks(dataset, pattern, recipe, threads=threads, progress=progress)
+    recipe = recipe or Recipe()
     classes = recipe.classes or dataset_classes(dataset)
     check_classes(classes, dataset)
     recipe.sampling.check(classes, recipe.grid)
@@ -313,34 +338,28 @@ def train(
     split.check(dataset.patients)
     fine = _Fine(classes, dataset_nuisance(dataset, classes) if recipe.sampling.nuisance else None)
 
-    cases = [case for case in dataset.cases if case.patient in split.train]
-    features, labels, record = _training_set(
-        cases, fine, pattern, recipe, threads=threads, progress=progress
-    )
-    forest = train_forest(
-        features,
-        labels,
-        recipe.forest,
-        pattern,
-        len(classes),
-        fine.merge if fine.beside else None,
-        threads=threads,
-        progress=progress,
-    )
+    source = _Source(dataset, fine, recipe, threads, progress)
+    classifier: Forest | Cnn
+    if recipe.network is None:
+        pattern = pattern_on(recipe.grid, pattern)
+        classifier, record = _learned_forest(source, split, pattern)
+    else:
+        pattern = recipe.network.pattern_on(recipe.grid, pattern)
+        classifier, record = _learned_network(source, split, pattern, recipe.network)
     record |= {
         "layout": dataset.layout,
+        "notes": list(dataset_notes(dataset, classes)),
         "split": asdict(split),
         "seed": recipe.seed,
-        "forest": asdict(recipe.forest),
         "sampling": recipe.sampling.to_dict(),
         "augmentation": None if recipe.augmentation is None else recipe.augmentation.to_dict(),
     }
     model = Model(
-        classifier=forest,
+        classifier=classifier,
         classes=classes,
         pattern=pattern,
         grid=recipe.grid,
-        stride=WORKING_STRIDE if recipe.grid.spacing_mm else NATIVE_STRIDE,
+        stride=_stride(recipe),
         training=record,
         scores={},
     )
@@ -352,45 +371,165 @@ def train(
     return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
 
 
-def _training_set(
-    cases: Sequence[Case],
-    fine: _Fine,
-    pattern: Block | Context,
+def _stride(recipe: Recipe) -> tuple[int, int, int]:
+    """Positions about 4.5 x 4.5 x 6 mm apart, or every fourth pixel of each slice."""
+    spacing_mm = recipe.grid.spacing_mm
+    if spacing_mm is None:
+        return NATIVE_STRIDE
+    x, y, z = (max(1, round(mm / s)) for mm, s in zip(APART_MM, spacing_mm, strict=True))
+    return z, y, x
+
+
+def _train_on_blocks(
+    dataset: Dataset,
+    pattern: Block | Context | None,
     recipe: Recipe,
     *,
     threads: int,
     progress: Progress,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, Any]]:
-    """Features and labels of the training positions, and the record of where they are from."""
-    n_patients = len({case.patient for case in cases})
-    n_of_each = recipe.n_of_each(fine.classes, len(fine.beside), n_patients)
-    n_parts = recipe.n_versions * len(cases)
-    recipe.check_memory(sum(n_of_each) * n_parts, pattern.n_features, n_parts)
-    features, labels, spacings, digests, warnings = [], [], [], {}, []
-    for number, case in enumerate(cases):
-        progress("reading cases", number, len(cases))
-        scan = labelled_scan(case, fine.classes, recipe.grid, fine.nuisance)
-        for version in _versions(scan, fine, recipe, (recipe.seed, number), threads):
-            positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, threads)
-            jitter = version.jitter(pattern)
-            features.append(features_at(version.scan.grid_volume, pattern, positions, jitter))
-            labels.append(drawn)
-        spacings.append(scan.grid_volume.spacing_mm)
-        digests[case.name] = case_digests(case)
-        warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
-    progress("reading cases", len(cases), len(cases))
-    counts = np.stack([np.bincount(y, minlength=len(fine.names)) for y in labels])
-    of_cases = counts.reshape(len(cases), -1, len(fine.names)).sum(axis=1)
-    record = {
-        "cases": digests,
-        "nuisance": {name: fine.classes.names[n] for name, n in fine.beside.items()},
-        "n_of_each_class": n_of_each,
-        "n_examples": int(counts.sum()),
-        "n_cases_with": dict(zip(fine.names, (of_cases > 0).sum(axis=0).tolist(), strict=True)),
-        "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
-        "warnings": warnings,
+) -> Model:
+    """A model of blocks that were cut out already."""
+    recipe.check_for_blocks()
+    pattern = block_pattern(dataset.cases, pattern)
+    classes = recipe.classes or classes_in(dataset.cases)
+    split = recipe.split or split_patients(dataset.patients, recipe.seed)
+    split.check(dataset.patients)
+    cases = [case for case in dataset.cases if case.patient in split.train]
+    n_of_each = recipe.n_of_each(classes, 0, len({case.patient for case in cases}))
+    recipe.check_memory(sum(n_of_each) * len(cases), pattern.n_features, 1)
+    features, labels, record = learned_blocks(
+        cases, classes, recipe.grid, n_of_each, recipe.seed, progress=progress
+    )
+    forest = train_forest(
+        features, labels, recipe.forest, pattern, len(classes), threads=threads, progress=progress
+    )
+    record |= {
+        "layout": dataset.layout,
+        "split": asdict(split),
+        "seed": recipe.seed,
+        "forest": asdict(recipe.forest),
     }
-    return _stacked(features), np.concatenate(labels), record
+    model = Model(forest, classes, pattern, recipe.grid, NATIVE_STRIDE, record, {})
+    scores = {}
+    for use, patients in (("validation", split.validation), ("test", split.test)):
+        held_out = [case for case in dataset.cases if case.patient in patients]
+        if held_out:
+            scores[use] = score_blocks(model, held_out, progress=progress)
+    return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Where examples come from."""
+
+    dataset: Dataset
+    fine: _Fine
+    recipe: Recipe
+    threads: int
+    progress: Progress
+
+    def cases_of(self, patients: Sequence[str]) -> list[Case]:
+        return [case for case in self.dataset.cases if case.patient in patients]
+
+    def n_of_each(self, cases: Sequence[Case]) -> list[int]:
+        n_patients = len({case.patient for case in cases})
+        return self.recipe.n_of_each(self.fine.classes, len(self.fine.beside), n_patients)
+
+    def draw(
+        self,
+        cases: Sequence[Case],
+        take: Callable[[Case, _Version, NDArray[np.int32], NDArray[np.int64]], None],
+    ) -> dict[str, Any]:
+        """Give the positions of each version of each case, and their labels; the record of it."""
+        fine, recipe, n_of_each = self.fine, self.recipe, self.n_of_each(cases)
+        spacings, digests, warnings = [], {}, []
+        counts = np.zeros((len(cases), len(fine.names)), np.int64)
+        for number, case in enumerate(cases):
+            self.progress("reading cases", number, len(cases))
+            scan = labelled_scan(case, fine.classes, recipe.grid, fine.nuisance)
+            for version in _versions(scan, fine, recipe, (recipe.seed, number), self.threads):
+                positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
+                take(case, version, positions, drawn)
+                counts[number] += np.bincount(drawn, minlength=len(fine.names))
+            spacings.append(scan.grid_volume.spacing_mm)
+            digests[case.name] = case_digests(case)
+            warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
+        self.progress("reading cases", len(cases), len(cases))
+        return {
+            "cases": digests,
+            "nuisance": {name: fine.classes.names[n] for name, n in fine.beside.items()},
+            "n_of_each_class": n_of_each,
+            "n_examples": int(counts.sum()),
+            "n_cases_with": dict(zip(fine.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
+            "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
+            "warnings": warnings,
+        }
+
+
+def _learned_forest(
+    source: _Source, split: Split, pattern: Block | Context
+) -> tuple[Forest, dict[str, Any]]:
+    recipe, fine, cases = source.recipe, source.fine, source.cases_of(split.train)
+    n_parts = recipe.n_versions * len(cases)
+    recipe.check_memory(sum(source.n_of_each(cases)) * n_parts, pattern.n_features, n_parts)
+    features: list[NDArray[np.float32]] = []
+    labels: list[NDArray[np.int64]] = []
+
+    def take(
+        case: Case, version: _Version, positions: NDArray[np.int32], drawn: NDArray[np.int64]
+    ) -> None:
+        jitter = version.jitter(pattern)
+        features.append(features_at(version.scan.grid_volume, pattern, positions, jitter))
+        labels.append(drawn)
+
+    record = source.draw(cases, take)
+    forest = train_forest(
+        _stacked(features),
+        np.concatenate(labels),
+        recipe.forest,
+        pattern,
+        len(fine.classes),
+        fine.merge if fine.beside else None,
+        threads=source.threads,
+        progress=source.progress,
+    )
+    return forest, record | {"forest": asdict(recipe.forest)}
+
+
+def _learned_network(
+    source: _Source, split: Split, pattern: Block, network: NetworkRecipe
+) -> tuple[Cnn, dict[str, Any]]:
+    """Its blocks are turned and scaled on the device: no offsets are jittered."""
+    recipe, fine, cases = source.recipe, source.fine, source.cases_of(split.train)
+    train: list[DrawnCase] = []
+
+    def take(
+        case: Case, version: _Version, positions: NDArray[np.int32], drawn: NDArray[np.int64]
+    ) -> None:
+        train.append(DrawnCase(case.patient, version.scan.grid_volume, positions, drawn))
+
+    record = source.draw(cases, take)
+    held_out = [_judged_case(source, case) for case in source.cases_of(split.validation)]
+    n_of_each = source.n_of_each(cases)
+    factor = n_of_each[BACKGROUND] / recipe.n_per_class
+    classifier, of_network = learned_network(
+        train,
+        [case for case in held_out if len(case.labels)],
+        (fine.classes, fine.beside, factor),
+        (network, recipe.grid, pattern),
+        progress=source.progress,
+    )
+    return classifier, record | {"network": of_network}
+
+
+def _judged_case(source: _Source, case: Case) -> DrawnCase:
+    """Balanced positions of a patient who is held out."""
+    fine, recipe = source.fine, source.recipe
+    scan = labelled_scan(case, fine.classes, recipe.grid, fine.nuisance)
+    n_wanted = dict.fromkeys(range(len(fine.classes)), min(recipe.n_per_class, _N_JUDGED))
+    positions, _ = sample_positions(fine.merged(scan.labels), n_wanted, recipe.seed)
+    labels = scan.labels[tuple(positions.T)].astype(np.int64)
+    return DrawnCase(case.patient, scan.grid_volume, positions, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -533,7 +672,7 @@ def case_digests(case: Case) -> dict[str, str]:
     InputError
         A file cannot be read.
     """
-    labels = [case.labels.path] if isinstance(case.labels, LabelMap) else case.labels.paths.values()
+    labels = case.labels.paths.values() if isinstance(case.labels, Masks) else [case.labels.path]
     together = sha256("".join(file_digest(path) for path in labels).encode())
     return {"image": file_digest(case.image), "labels": together.hexdigest()}
 

@@ -33,6 +33,7 @@ from organfast.volume import AIR_HU, Volume
 
 __all__ = [
     "Geometry",
+    "NotHU",
     "Scan",
     "as_scan",
     "corners_apart_mm",
@@ -135,6 +136,16 @@ class Scan:
     volume: Volume
     geometry: Geometry
     warnings: tuple[str, ...] = ()
+
+
+class NotHU(InputError):
+    """A scan whose numbers cannot be HU of a patient.
+
+    Parameters
+    ----------
+    path, problem, remedy
+        As of every input error.
+    """
 
 
 # --- public readers -------------------------------------------------------------------------------
@@ -752,7 +763,7 @@ def _is_short(dtype: np.dtype[Any]) -> bool:
 def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
     _check_finite(path, low, high)
     if high > _INT16.max:
-        raise InputError(path, f"holds the value {high:g}, which is no HU", "give a CT scan in HU")
+        raise NotHU(path, f"holds the value {high:g}, which is no HU", "give a CT scan in HU")
     if values.dtype == np.int16:
         return values
     if low < _INT16.min:
@@ -835,9 +846,9 @@ def _check_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> 
         Extremes before rounding.
     """
     if low == high:
-        raise InputError(path, f"holds the value {low:g} everywhere", "give a CT scan in HU")
+        raise NotHU(path, f"holds the value {low:g} everywhere", "give a CT scan in HU")
     if high - max(low, AIR_HU) < _LEAST_SPAN_HU:
-        raise InputError(
+        raise NotHU(
             path,
             f"holds values from {low:g} to {high:g}, which look normalised",
             "give the scan in HU, before normalisation",
@@ -845,13 +856,13 @@ def _check_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> 
     if low > _FAT_HU or (low < AIR_HU and not _any_fat_or_air(hu)):
         grey = "they look like grey levels; give the scan in HU"
         shifted = "the intercept, often -1024, may be missing; give the scan in HU"
-        raise InputError(
+        raise NotHU(
             path,
             f"holds values up to {high:g} and none from {AIR_HU} to {_FAT_HU}, so they are not HU",
             grey if high <= 255 else shifted,
         )
     if low > _WINDOW_HU and np.count_nonzero(hu == round(low)) >= _WINDOW_SHARE * hu.size:
-        raise InputError(
+        raise NotHU(
             path,
             f"is cut off at {low:g}, as by a display window, so air and lung are lost",
             "give the scan before windowing",

@@ -66,6 +66,8 @@ Slab = tuple[int, NDArray[np.float32]]
 
 BACKGROUND = 0
 _WINDOW_BYTES = 200 << 20
+# Share of a slice's positions from which on it is asked for as a whole, if the classifier can.
+_WHOLE_GRID_FROM = 0.05
 _MOST = 1.0001  # a softmax may be a little more than one
 _NOT_WANTED = np.empty((0, 0), np.uint8)
 
@@ -330,6 +332,8 @@ class SliceClassifier:
         self._positions[..., 1] = (centres_i + reach_i)[:, None]
         self._positions[..., 2] = centres_j + reach_j
         self._window: LevelWindow | None = None
+        self._first = (reach_k, int(centres_i[0]) + reach_i, int(centres_j[0]) + reach_j)
+        self._stride = block_grid.stride[1:]
 
     def runs(self) -> Iterator[range]:
         """Runs of slices of the block grid, of even length but the last.
@@ -358,6 +362,9 @@ class SliceClassifier:
     def ask(self, n: int, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Class probabilities at positions of a slice.
 
+        A classifier that has a ``grid_probabilities``, as a network whose neighbouring positions
+        share their convolutions, is asked for the whole grid where the positions are many of it.
+
         Parameters
         ----------
         n : int
@@ -370,6 +377,10 @@ class SliceClassifier:
         (m, n_classes) float32
             In the order of ``positions[inside]``.
         """
+        if hasattr(self._classifier, "grid_probabilities") and inside.mean() > _WHOLE_GRID_FROM:
+            grid = np.empty((*inside.shape, self.n_classes), np.float32)
+            self._classifier.grid_probabilities(self._levels(n), self._first, self._stride, grid)
+            return grid[inside]
         visited = self._positions[inside]
         found = np.empty((len(visited), self.n_classes), np.float32)
         if len(visited):

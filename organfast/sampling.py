@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +82,18 @@ class Split:
             raise ValueError("the split leaves no patient to train on")
 
     @staticmethod
-    def read(path: str | PathLike[str]) -> Split:
-        """Read ``{"train": [...], "validation": [...], "test": [...]}``.
+    def read(path: str | PathLike[str], patient_of: Mapping[str, str] | None = None) -> Split:
+        """Read ``{"train": [...], "validation": [...], "test": [...]}``, or nnU-Net's splits.
+
+        Those, ``[{"train": [...], "val": [...]}, ...]``, are folds, and name cases: of
+        ``splits_final.json`` the first fold is taken, of ``splits_final.json#2`` the third.
+
+        Parameters
+        ----------
+        path : path
+            The file, with or without ``#`` and the fold, from 0.
+        patient_of : mapping of str to str, optional
+            Case -> patient, for nnU-Net's splits; by default each case is a patient.
 
         Raises
         ------
@@ -90,10 +101,15 @@ class Split:
             The file cannot be read, or is not such a split.
         """
         remedy = 'give JSON such as {"train": ["p1", "p2"], "validation": [], "test": ["p3"]}'
+        file, fold = _file_and_fold(Path(path))
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(path, f"cannot be read as JSON ({error})", remedy) from None
+        if isinstance(content, list):
+            content = _fold(path, content, fold or 0, patient_of or {})
+        elif fold is not None:
+            raise InputError(path, "has no folds", "leave the # and what follows")
         if not isinstance(content, dict) or not set(content) <= {"train", "validation", "test"}:
             raise InputError(path, "is not a split of patients", remedy)
         lists = {use: names for use, names in content.items()}
@@ -116,6 +132,39 @@ class Split:
         missing = {*self.train, *self.validation, *self.test} - set(patients)
         if missing:
             raise ValueError(f"the split names patient {min(missing)}, who is not in the dataset")
+
+
+def _file_and_fold(path: Path) -> tuple[Path, int | None]:
+    """A file as it is named, if it is there; else what stands before a # and the number behind."""
+    name, mark, number = path.name.rpartition("#")
+    if not mark or not number.isdecimal() or path.exists():
+        return path, None
+    return path.with_name(name), int(number)
+
+
+def _fold(
+    path: str | PathLike[str], folds: list[Any], number: int, patient_of: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """A fold of nnU-Net's, as patients."""
+    remedy = 'give [{"train": ["case1"], "val": ["case2"]}, ...]'
+    if number >= len(folds):
+        raise InputError(path, f"has {len(folds)} folds, from 0", "name one of them after the #")
+    fold = folds[number]
+    if not isinstance(fold, dict) or set(fold) != {"train", "val"}:
+        raise InputError(path, f"has a fold {number} that is no split of nnU-Net", remedy)
+    patients = {}
+    for use, names in (("train", fold["train"]), ("validation", fold["val"])):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(path, f"has a fold {number} that is no split of nnU-Net", remedy)
+        patients[use] = list(dict.fromkeys(patient_of.get(name, name) for name in names))
+    for patient in patients["train"]:
+        if patient in patients["validation"]:
+            raise InputError(
+                path,
+                f"has cases of patient {patient} both to train and to validate in fold {number}",
+                "split by patient",
+            )
+    return patients
 
 
 def split_patients(patients: Iterable[str], seed: int = 0) -> Split:

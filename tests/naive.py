@@ -697,6 +697,71 @@ def clear_labels(labels, kept):
     return out
 
 
+# --- the CNN --------------------------------------------------------------------------------------
+
+
+def blocks_at(slab, offsets, positions):
+    """(n, n_features), one voxel at a time."""
+    return np.array(
+        [
+            [slab[level, k + dk, i + di, j + dj] for level, dk, di, dj in offsets]
+            for k, i, j in positions
+        ]
+    )
+
+
+def cnn_inputs(blocks, window, standardise=False):
+    """Each block in the window as 0..1, and then perhaps at mean 0 and deviation 1."""
+    low, high = window
+    x = np.clip((blocks.astype(float) - low) / (high - low), 0, 1)
+    if standardise:
+        x = np.stack([(b - b.mean()) / max(b.std(), 1e-6) for b in x])
+    return x
+
+
+def cnn_logits(described, params, blocks):
+    """Of blocks (n, L, slices, size, size), each layer one output at a time."""
+    flat = []
+    for t, layers in enumerate(described.towers):
+        x = np.moveaxis(np.asarray(blocks, float)[:, t], 1, 3)
+        for n, layer in enumerate(layers):
+            if type(layer).__name__ == "MaxPool":
+                x = _windows(x, layer.size, layer.size).max(axis=(3, 4))
+                continue
+            if layer.padding == "SAME":
+                n_out = -(-x.shape[1] // layer.stride)
+                zeros = max(0, (n_out - 1) * layer.stride + layer.size - x.shape[1])
+                sides = (zeros // 2, zeros - zeros // 2)
+                x = np.pad(x, ((0, 0), sides, sides, (0, 0)))
+            kernel, bias = (params[f"tower{t}.conv{n}.{name}"] for name in ("kernel", "bias"))
+            seen = _windows(x, layer.size, layer.stride)
+            x = np.maximum(np.tensordot(seen, np.asarray(kernel, float), 3) + bias, 0)
+        flat.append(x.reshape(len(x), -1))
+    x = np.concatenate(flat, axis=1)
+    for n in range(len(described.head) + 1):
+        layer = described.head[n] if n < len(described.head) else None
+        if type(layer).__name__ == "Dropout":
+            continue
+        x = x @ np.asarray(params[f"dense{n}.kernel"], float) + params[f"dense{n}.bias"]
+        x = np.maximum(x, 0) if layer is not None and layer.relu else x
+    return x
+
+
+def _windows(x, size, stride):
+    """(n, rows, cols, size, size, channels) of (n, r, c, channels)."""
+    starts = range(0, x.shape[1] - size + 1, stride)
+    rows = [np.stack([x[:, i : i + size, j : j + size] for j in starts], axis=1) for i in starts]
+    return np.stack(rows, axis=1)
+
+
+def cnn_probabilities(described, params, inputs, merge, n_classes):
+    """Softmax of the logits, summed over the labels of each class."""
+    z = cnn_logits(described, params, inputs)
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    return np.stack([p[:, np.asarray(merge) == c].sum(axis=1) for c in range(n_classes)], axis=1)
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 

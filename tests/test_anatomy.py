@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
+from organfast.anatomy import (
+    ClassTable,
+    Structure,
+    canonical_name,
+    stand_in_notes,
+    totalsegmentator_names,
+)
 from organfast.errors import InputError
+from organfast.torso import STRUCTURES
 
 
 def test_the_default_table_has_the_23_classes_in_order_of_radlex_id() -> None:
@@ -100,3 +107,43 @@ def test_label_tables_carry_every_class_once() -> None:
     slicer = [row.split()[1] for row in table.slicer_table().splitlines()[1:]]
     assert itksnap[1:] == list(table.names[1:])
     assert slicer == list(table.names)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_every_known_name_is_its_own_canonical_name() -> None:
+    """Two that were spelled alike would become one: so none are."""
+    default = ClassTable.default().names
+    for name in (*default, *totalsegmentator_names().values(), *STRUCTURES):
+        assert canonical_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        *((s, "liver") for s in ("liver", "Liver", "LIVER", " liver ", "58", "hepar")),
+        *((s, "kidney_left") for s in ("left kidney", "kidney_left", "L_kidney", "Kidney (L)")),
+        *((s, "kidney_left") for s in ("LeftKidney", "kidney-left", "KIDNEY_LT", "29663")),
+        *((s, "adrenal_gland_right") for s in ("Right adrenal", "adrenal R", "suprarenal gland r")),
+        *((s, "urinary_bladder") for s in ("bladder", "Urinary Bladder", "237")),
+        *((s, "vertebrae_L1") for s in ("L1", "vertebra L1", "Vertebrae_L1", "29193")),
+        *((s, "lung_upper_lobe_left") for s in ("left upper lobe", "Left Lung Upper Lobe")),
+        *((s, "rib_left_3") for s in ("rib left 3", "Left Rib 3", "rib_3_left")),
+        ("left thyroid", "left thyroid"),  # no structure of a table
+        *((s, s) for s in ("kidney", "kidneys", "lung", "my tumour", "", "肝", "99999")),
+    ],
+)
+def test_a_structure_is_known_however_it_is_spelled(spelled: str, name: str) -> None:
+    assert canonical_name(spelled) == name
+
+
+def test_what_stands_in_is_no_other_name_of_the_same() -> None:
+    assert set(stand_in_notes()) >= {"iliopsoas_left", "iliopsoas_right"}
+    assert canonical_name("iliopsoas_left") == "iliopsoas_left"
+    assert canonical_name("Left Iliopsoas") == "iliopsoas_left"
+
+
+def test_a_table_of_names_spelled_otherwise() -> None:
+    names = ClassTable.from_names(["LIVER", "Kidney_L", "my_tumour"]).names
+    assert names == ("background", "thorax_abdomen", "liver", "kidney_left", "my_tumour")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +16,9 @@ import naive
 import numpy as np
 import pytest
 
-from organfast import bench, benchcases, benchforest, benchscores
+from organfast import bench, benchcases, benchcnn, benchforest, benchscores
 from organfast.bench import Benchmark, Comparison, Peer, Scaling, in_threads, run_record
+from organfast.benchcnn import Cut
 from organfast.benchforest import Size
 from organfast.benchscan import GUNZIP, ScanCase
 from organfast.blocks import Block
@@ -26,6 +28,9 @@ from organfast.kernels.rates import gathered, shifted
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = Size(n_trees=3, n_per_class=12, n_patients=1)
+SQUARE = Cut(pixels=48, matrix=64)
+HAS_JAX = all(importlib.util.find_spec(name) for name in ("jax", "flax"))
+NEEDS_JAX = pytest.mark.skipif(not HAS_JAX, reason="JAX and flax are not installed")
 
 
 def _load(path: str) -> ModuleType:
@@ -61,19 +66,37 @@ SMALL = {
     "surfaces": partial(benchscores.surface_case, 48),
     "bootstrap": partial(benchscores.bootstrap_case, 5, 3, 50),
 }
+SMALL_CNN = {
+    "readme": partial(benchcnn.readme_case, 33, 16, SQUARE),
+    "two towers": partial(benchcnn.towers_case, 33, 16, (1, 8), SQUARE),
+    "batch": partial(benchcnn.batch_case, 33, 4, SQUARE),
+}
 
 
 # --- cases ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", SMALL.values(), ids=SMALL.keys())
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(pytest.param(build, id=name) for name, build in SMALL.items()),
+        *(pytest.param(build, id=name, marks=NEEDS_JAX) for name, build in SMALL_CNN.items()),
+    ],
+)
 def test_each_case_runs_once_with_all_its_peers(build: Any) -> None:
     case: Benchmark = build()
     case.ours()
     for name, peer in case.peers.items():
         peer.job()
         n = case.n_items if peer.n_items is None else peer.n_items
-        assert 0 < n <= case.n_items
+        assert 0 < n <= (np.inf if peer.is_limit else case.n_items)
         assert (n == case.n_items) or peer.is_limit or f"{n:,} of the positions" in name
     if case.whole is not None:
         case.whole()
@@ -91,7 +114,10 @@ def test_every_case_of_the_command_is_among_the_small_ones() -> None:
         return found
 
     shown = builders([*benchcases.TABLE.values(), *benchcases.SWEEP.values()])
-    assert shown - builders(SMALL.values()) == {ScanCase, benchcases.scaling_case, in_threads}
+    if HAS_JAX:
+        shown |= builders(benchcnn.cnn_cases().values())
+    small = builders([*SMALL.values(), *SMALL_CNN.values()])
+    assert shown - small == {ScanCase, benchcases.scaling_case, in_threads}
 
 
 def test_gather_peers_make_the_same_blocks() -> None:
@@ -140,6 +166,26 @@ def test_forest_peers_find_the_same_probabilities() -> None:
     found = [np.asarray(peer.job()) for peer in case.peers.values()]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+@NEEDS_JAX
+@pytest.mark.parametrize("name", ["readme", "batch"])
+def test_peers_of_the_cnn_find_the_same_probabilities(name: str) -> None:
+    case = SMALL_CNN[name]()
+    expected = np.asarray(case.ours()).reshape(case.n_items, -1)
+    peers = [peer for peer in case.peers.values() if not peer.is_limit]
+    assert len(peers) + len(case.skipped) == (3 if name == "readme" else 2)
+    for peer in peers:
+        found = np.asarray(peer.job()).reshape(case.n_items, -1)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert expected.std(axis=0).max() > 1e-3  # positions differ
+
+
+@NEEDS_JAX
+def test_the_limit_of_the_cnn_does_as_many_multiplications() -> None:
+    case = benchcnn.batch_case(33, 4, Cut(pixels=48, matrix=256))
+    (limit,) = (peer for peer in case.peers.values() if peer.is_limit)
+    assert limit.n_items == round(256**3 / 3_855_884)
 
 
 def test_a_named_kernel_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +324,15 @@ def test_the_machine_is_described_without_its_name() -> None:
     assert bench.machine()["cores"] >= 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--full"], ["--full", "--json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--full"],
+        ["--full", "--json"],
+        pytest.param(["--cnn"], marks=NEEDS_JAX),
+    ],
+)
 def test_the_command_prints_what_was_measured(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +341,7 @@ def test_the_command_prints_what_was_measured(
     monkeypatch.setattr(
         benchcases, "SWEEP", {("33 px", 33, n): partial(in_threads, slice_of, n) for n in (1, 2)}
     )
+    monkeypatch.setattr(benchcnn, "cnn_cases", lambda: {"batch": SMALL_CNN["batch"]})
     assert run(["bench", "--quick", *flags]) == 0
     shown = capsys.readouterr().out
     if "--json" in flags:
@@ -296,6 +351,9 @@ def test_the_command_prints_what_was_measured(
         shown = str(record)
     assert "scipy.ndimage.zoom" in shown
     assert ("stride 33" in shown) == ("--full" in flags)
+    assert ("CNN readme, 33 px" in shown) == ("--cnn" in flags)
+    assert ("GPU: " in shown) == ("--cnn" in flags)
+    assert ("first call" in shown) == ("--cnn" in flags)
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -400,3 +458,15 @@ def test_the_asv_suite_sets_up_and_its_configuration_is_json() -> None:
     gather = suite.Gather()
     gather.setup(17, 33)
     gather.time_ours(17, 33)
+
+
+@NEEDS_JAX
+def test_the_asv_suite_of_the_cnn_sets_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = _load("benchmarks/suite/cnn.py")
+    monkeypatch.setattr(suite, "SQUARE", SQUARE)
+    for name in ("Readme", "Towers", "Batch"):
+        timed = getattr(suite, name)
+        assert len(timed.params) == len(timed.param_names)
+    batch = suite.Batch()
+    batch.setup(33, 4)
+    batch.time_ours(33, 4)

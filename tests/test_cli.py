@@ -154,13 +154,14 @@ def test_help_says_what_it_is_not() -> None:
         "locate",
         "verify",
         "info",
+        "export",
         "bench",
     ):
         assert text in ran.out
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "segment", "locate", "verify", "info", "bench"]
+    "command", ["demo", "train", "segment", "locate", "verify", "info", "export", "bench"]
 )
 def test_each_command_has_help(cli: Command, command: str) -> None:
     ran = cli(command, "--help")
@@ -239,6 +240,56 @@ def test_train_on_a_class_table(cli: Command, cohort_folder: Path, tmp_path: Pat
     assert cli("train", cohort_folder, "-o", model, *QUICK, "--classes", table).code == 0
     names = ("background", "thorax_abdomen", "liver", "aorta")
     assert load_model(model).classes.names == names
+
+
+def test_train_says_what_it_recognised(cli: Command, cohort_folder: Path, tmp_path: Path) -> None:
+    """nnU-Net's layout, its splits, and names that stand for others."""
+    folder = tmp_path / "raw"
+    names = {"background": 0, "Liver": 3, "Iliopsoas L": 20, "other": list(range(21, 23))}
+    names["rest"] = [n for n in range(1, 20) if n != 3]
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    for n in range(3):
+        case = cohort_folder / f"phantom_00{n}"
+        shutil.copy(case / "ct.nii.gz", folder / "imagesTr" / f"p{n}_0000.nii.gz")
+        shutil.copy(case / "labels.nii.gz", folder / "labelsTr" / f"p{n}.nii.gz")
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": names})
+    )
+    folds = [{"train": ["p0", "p1"], "val": ["p2"]}, {"train": ["p1", "p2"], "val": ["p0"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds))
+    model = tmp_path / "m.organfast"
+    split = ("--split", f"{tmp_path / 'splits_final.json'}#1")
+    ran = cli("train", folder, "-o", model, *QUICK, *split, "--layout", "auto")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("layout nnunet: 3 cases of 3 patients\n")
+    assert "note: iliopsoas_left stands for psoas_major_left: the iliopsoas holds" in ran.err
+    assert dict(load_model(model).training["split"]) == {
+        "train": ["p1", "p2"],
+        "validation": ["p0"],
+        "test": [],
+    }
+
+
+def test_train_on_blocks_that_were_cut_out(cli: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for patient in range(3):
+        rows = [
+            ",".join(map(str, [radlex, *rng.integers(low, low + 60, 33 * 33)]))
+            for radlex, low in ((58, 50), (1302, -900))
+            for _ in range(5)
+        ]
+        (tmp_path / f"p{patient}.csv").write_text("\n".join(rows) + "\n")
+    model = tmp_path / "m.organfast"
+    ran = cli("train", tmp_path, "-o", model, "--block-size", 33, "--trees", 2)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("layout blocks: 3 cases of 3 patients\n")
+    assert "test: 1 patients, 10 blocks: 100.0% right" in ran.out
+    assert "which way their rows run" in ran.err
+    assert load_model(model).grid.spacing_mm is None
+    ran = cli("train", tmp_path, "-o", model, "--spacing", "1,1,1")
+    assert ran.code == 2
+    assert "cannot be brought to a working grid" in ran.line
 
 
 def test_two_patients_leave_none_to_score(

@@ -258,15 +258,11 @@ def test_kernel_equals_twin_on_any_trees(forest: Forest, n: int, seed: int) -> N
 
 
 @pytest.mark.parametrize("n_together", [1, 3, 64, CHUNK])
-@pytest.mark.parametrize("n_staged", [0, 1, 50])
-def test_kernels_walk_any_number_together(n_together: int, n_staged: int) -> None:
+def test_kernels_walk_any_number_together(n_together: int) -> None:
     pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
     positions = places(slab, pattern, 130)
-    staged = np.empty((forest.n_features if n_staged else 0, n_staged), np.int16)
     arguments = forest._walk(slab, positions) | {
-        "staged_reads": np.arange(len(staged)) * 2 * n_staged,
-        "staged": staged,
         "sums": np.empty((n_together, N_CLASSES)),
         "path": 0,
     }
@@ -291,7 +287,7 @@ def wide_case():
     return pattern, model, Forest.from_sklearn(model, pattern, N_CLASSES), slab
 
 
-def test_positions_near_and_far_from_each_other(path: str) -> None:
+def test_positions_near_and_far_from_each_other(path: str, staging: str) -> None:
     pattern, model, forest, slab = wide_case()
     rng = np.random.default_rng(0)
     n = 4000
@@ -307,8 +303,8 @@ def test_positions_near_and_far_from_each_other(path: str) -> None:
         np.testing.assert_array_equal(labelled(forest, slab, positions)[0], found.argmax(axis=1))
 
 
-@pytest.mark.parametrize("share", [0.4, 0.97, 0.999, 1.0])
-def test_rows_with_gaps(share: float, path: str) -> None:
+@pytest.mark.parametrize("share", [0.02, 0.4, 0.97, 0.999, 1.0])
+def test_rows_with_gaps(share: float, path: str, staging: str) -> None:
     """Blocks of neighbours that are full, in part, or nearly empty, and more than a chunk holds."""
     pattern, model = PATTERNS["block"], estimator("block", min_samples_leaf=7)
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), hu((1, 1, 70, 210), 4)
@@ -400,7 +396,9 @@ def voting(shares) -> tuple[Forest, NDArray[np.int16], NDArray[np.int32]]:
 
 
 @pytest.mark.parametrize("n_trees", [1, 2, 3, 16, 17, 50, 100])
-def test_ties_go_to_the_lowest_class_and_late_votes_count(n_trees: int, path: str) -> None:
+def test_ties_go_to_the_lowest_class_and_late_votes_count(
+    n_trees: int, path: str, staging: str
+) -> None:
     one, two = np.eye(3)[1], np.eye(3)[2]
     for n_two in range(n_trees + 1):
         for votes in (
@@ -424,7 +422,7 @@ def test_labels_of_mixed_leaves_that_round_alike(seed: int, n_trees: int, parts:
     np.testing.assert_array_equal(found, asked(forest, slab, positions).argmax(axis=1))
 
 
-def test_unanimous_positions_leave_after_half_the_trees() -> None:
+def test_unanimous_positions_leave_after_half_the_trees(staging: str) -> None:
     for n_trees, n_needed in ((1, 1), (2, 2), (3, 3), (16, 16), (40, 21), (100, 51), (101, 51)):
         forest, slab, positions = voting([np.eye(3)[2]] * n_trees)
         found, n_walks = labelled(forest, slab, positions)

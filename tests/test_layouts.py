@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
 from organfast.errors import InputError
 from organfast.layouts import (
+    LAYOUTS,
     Case,
     LabelMap,
     Masks,
     case_labels,
     check_classes,
     dataset_classes,
+    dataset_notes,
     dataset_nuisance,
     find_cases,
     find_scans,
@@ -148,6 +150,19 @@ def test_pairs(tmp_path: Path) -> None:
     assert find_cases(tmp_path, "pairs") == dataset
 
 
+def test_pairs_in_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ("images/a", "images/b", "images/c", "labels/a", "labels/b_seg", "labels/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "labels" / "labels.csv").write_text("id,name\n1,liver\n")
+    dataset = find_cases(tmp_path)
+    assert dataset.layout == "pairs"
+    assert [case.name for case in dataset.cases] == ["a", "b"]
+    assert dataset.cases[1].image == tmp_path / "images" / "b.nii.gz"
+    assert dataset.skipped == ("c",)
+    assert dataset.structures == ("liver",)
+
+
 def test_scans_to_segment_are_all_but_the_labels(tmp_path: Path) -> None:
     scans = {
         "a.nii.gz": "a",
@@ -204,7 +219,7 @@ def test_a_dataset_without_cases_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "empty", "no labelled scan"),
         (tmp_path, "no labelled scan"),
     ):
-        for layout in ("auto", "totalsegmentator", "visceral", "pairs"):
+        for layout in LAYOUTS:
             with pytest.raises(InputError) as caught:
                 find_cases(path, layout)
             assert words in one_line(caught.value, path)
@@ -229,11 +244,13 @@ def test_two_layouts_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
         ("a.nii.gz", "a_labels.nii.gz", "a_seg.nii.gz"),
         ("s1/ct.nii.gz", "s1/labels.nii.gz", "s1/segmentation.nii.gz"),
         ("x/1_1_CT_Ab.nii.gz", "y/1_1_CT_Ab.nii.gz", "1_1_CT_Ab_58_1.nii.gz"),
+        ("s1/ct.nii.gz", "s1/segmentations/Liver.nii.gz", "s1/segmentations/liver.nii.gz"),
+        ("s1/ct.nii.gz", "s1/segmentations/58.nii.gz", "s1/segmentations/liver.nii.gz"),
     ],
 )
 def test_two_files_for_one_thing_must_be_told_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="leave one of them"):
         find_cases(tmp_path)
@@ -246,6 +263,17 @@ TABLES = {
     "labels.json": json.dumps({"1": "liver", "2": "kidney left"}),
     "by name/labels.json": json.dumps({"liver": 1, "kidney left": 2}),
     "nested/labels.json": json.dumps({"labels": {"background": 0, "liver": 1, "kidney_left": 2}}),
+    "beside a result/labels.json": json.dumps(
+        [{"label": 1, "name": "liver", "side": ""}, {"label": 2, "name": "kidney_left"}]
+    ),
+    "spelled/labels.csv": "id,name\n1,LIVER\n2,L_Kidney\n",
+    "radlex/labels.csv": "id,name\n1,58\n2,29663\n",
+    "labels.txt": (
+        "################\n# ITK-SnAP Label Description File\n################\n"
+        '    0     0    0    0        0  0  0    "Clear Label"\n'
+        '    1   255    0    0        1  1  1    "Liver"\n'
+        '    2     0  255    0     0.35  0  1    "Left Kidney"\n\n'
+    ),
     "marked/labels.csv": "﻿id,name,colour\r\n1,liver,red\r\n2,kidney_left,blue\r\n",
 }
 
@@ -281,6 +309,9 @@ BAD_TABLES = {
     "regions": ("labels.json", '{"liver": [1, 2]}'),
     "empty": ("labels.json", "{}"),
     "bytes": ("labels.json", "\x00"),
+    "fraction": ("labels.json", '{"liver": 1.5}'),
+    "rows without names": ("labels.json", '[{"label": 1}]'),
+    "prose": ("labels.txt", "These are the labels.\n"),
 }
 
 
@@ -333,6 +364,26 @@ def test_a_table_of_what_nobody_annotates_is_refused(tmp_path: Path) -> None:
         check_classes(ClassTable.from_names(["liver", "livre"]), dataset)
     with pytest.raises(ValueError, match="names lung_left"):  # half a lung in each case
         check_classes(DEFAULT.keep(["liver", "lung_left"]), dataset)
+
+
+def test_names_are_found_however_they_are_spelled(tmp_path: Path) -> None:
+    names = ["LIVER", "Left Kidney", "r_kidney", "right adrenal gland", "gall-bladder", "L1"]
+    classes = _dataset_of(tmp_path, names)
+    assert set(classes.names[2:]) == {
+        *("liver", "kidney_left", "kidney_right", "adrenal_gland_right", "gallbladder"),
+        "vertebrae_L1",
+    }
+    own = ClassTable((DEFAULT.structures[0], Structure("Liver"), Structure("Right-Kidney")))
+    check_classes(own, find_cases(tmp_path))
+
+
+def test_what_stands_for_a_class_is_noted(tmp_path: Path) -> None:
+    lobes = ["lung_upper_lobe_left", "lung_lower_lobe_left"]
+    _dataset_of(tmp_path, [*lobes, "iliopsoas_left", "psoas_major_right", "iliopsoas_right"])
+    assert dataset_notes(find_cases(tmp_path), DEFAULT) == (
+        "lung_lower_lobe_left + lung_upper_lobe_left make up lung_left",
+        "iliopsoas_left stands for psoas_major_left: the iliopsoas holds the iliacus as well",
+    )
 
 
 # --- structures beside the table ------------------------------------------------------------------

@@ -29,6 +29,7 @@ FROZEN = [
     "InputError",
     "Model",
     "ModelGrid",
+    "NetworkRecipe",
     "Organ",
     "Recipe",
     "Refine",
@@ -43,6 +44,7 @@ FROZEN = [
     "cross_validate",
     "enlarge",
     "evaluate",
+    "export_model",
     "find_cases",
     "gather_blocks",
     "load_model",
@@ -95,6 +97,8 @@ def signature_names(thing: Callable[..., Any]) -> list[str]:
     """Parameters, in order, without self."""
     if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
         return [f.name for f in dataclasses.fields(thing) if f.init]
+    if inspect.isclass(thing) and type(thing).__call__ is not type.__call__:
+        thing = thing.__init__  # flax calls its modules by a metaclass, which takes anything
     parameters = inspect.signature(thing).parameters
     return [name for name in parameters if name not in ("self", "cls")]
 

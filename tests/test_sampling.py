@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,13 +160,48 @@ def test_a_split_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"train": "a"}', '{"train": []}', '{"train": ["a"], "test": ["a"]}', '{"a": []}'],
+    [
+        *(
+            "[1]",
+            '[{"train": ["a"]}]',
+            '[{"train": ["a"], "val": "b"}]',
+            '[{"train": [], "val": []}]',
+        ),
+        *("", "[]", '{"train": "a"}', '{"train": []}', '{"train": ["a"], "test": ["a"]}'),
+        '{"a": []}',
+    ],
 )
 def test_what_is_no_split_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "split.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"split\.json"):
         Split.read(path)
+
+
+def test_nnunets_splits_are_folds_of_cases(tmp_path: Path) -> None:
+    path = tmp_path / "splits_final.json"
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c", "b"], "val": ["a"]}]
+    path.write_text(json.dumps(folds))
+    assert Split.read(path) == Split(("a", "b"), ("c",))
+    assert Split.read(f"{path}#1") == Split(("c", "b"), ("a",))
+    patients = {"a": "p1", "b": "p1", "c": "p2"}
+    assert Split.read(path, patients) == Split(("p1",), ("p2",))
+    for name, words in (
+        (f"{path}#1", "patient p1 both to train and to validate in fold 1"),
+        (f"{path}#2", "has 2 folds"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            Split.read(name, patients)
+        assert str(caught.value).startswith(f"{name}: ")
+
+
+def test_a_file_may_be_called_with_a_number_sign(tmp_path: Path) -> None:
+    path = tmp_path / "split#1"
+    path.write_text('{"train": ["a"]}')
+    assert Split.read(path) == Split(("a",))
+    (tmp_path / "split").write_text('{"train": ["a"]}')
+    with pytest.raises(InputError, match="has no folds"):
+        Split.read(tmp_path / "split#2")
 
 
 def test_a_split_of_other_patients_is_refused() -> None:

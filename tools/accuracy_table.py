@@ -37,9 +37,12 @@ def table(rows: Mapping[str, Any], what: str) -> str:
         if group in first:
             n = first[group]["n_patients"]
             heads.append(f"{shown}, **{n} patient{'s' if n > 1 else ''}** unseen")
+    is_timed = "train_s" in first["phantoms"]
+    heads += ["learning, a scan, the file"] if is_timed else []
     lines = [f"| {what} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, groups in rows.items():
         cells = [_figures(groups[group]) for group in GROUPS if group in groups]
+        cells += [_costs(groups["phantoms"])] if is_timed else []
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -53,6 +56,14 @@ def _figures(scores: Mapping[str, Any]) -> str:
         f"{blocks}{_dice(scores['dice_of_six'])} / "
         f"{_dice(scores['dice'])} · {scores['centre_mm_median']:.0f} mm"
         + (f", {missed} of {organs} missed" if missed else "")
+    )
+
+
+def _costs(scores: Mapping[str, Any]) -> str:
+    """Of the phantoms: minutes to learn, seconds to segment one, size of the model file."""
+    return (
+        f"{scores['train_s'] / 60:.1f} min · {scores['segment_s']:.1f} s · "
+        f"{scores['file_mb']:.1f} MB"
     )
 
 
@@ -96,7 +107,11 @@ def with_tables(readme: str, results: Mapping[str, Any]) -> str:
     results : mapping
         Table -> row -> group -> scores.
     """
-    heads = {"patterns": "what the classifier sees", "sampling": "what it is shown"}
+    heads = {
+        "patterns": "what the classifier sees",
+        "sampling": "what it is shown",
+        "networks": "classifier",
+    }
     for name, what in heads.items():
         readme = with_table(readme, name, table(results[name], what))
     return readme

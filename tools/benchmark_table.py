@@ -46,6 +46,7 @@ def tables(record: dict[str, Any]) -> str:
         shown = ("", "") if work == last else (work, ours)
         lines.append(f"| {shown[0]} | {shown[1]} | {peer} | {ratio} |")
         last = work
+    lines += [line for note in record.get("notes", ()) for line in ("", f"{note}.")]
     if record["sweep"]:
         lines += ["", *_sweep(record["sweep"])]
     return "\n".join(lines) + "\n"

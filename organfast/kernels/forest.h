@@ -15,14 +15,7 @@
    sets under 16. Single positions are interleaved so that the loads of one hide behind those of the
    others. No loop branches on a voxel.
 
-   Patterns that read far and wide miss the cache at nearly every visit. For these the chunk's
-   features are copied first, feature by feature, and the walk reads the copy, in which the n-th
-   position's distance is n voxels:
-
-        slab  . . a . b . c . . . .        staged   feature 0:  a b c        700 features of 560
-              . . . . . d . e . f .                 feature 1:  d e f        positions: 0.8 MB
-
-   Each line of memory is fetched once per chunk instead of once per visit, and fetched in order. */
+   Patterns that read far and wide miss the cache at nearly every visit: forest_tile.h is for these. */
 #ifndef ORGANFAST_FOREST_H
 #define ORGANFAST_FOREST_H
 
@@ -280,25 +273,6 @@ static inline int32_t forest_gather_chunk(forest_walk *walk, int32_t n)
     for (int32_t p = 0; p < n; p++) walk->rows[p] = p;
     int32_t n_here = walk->are_near ? n_near : n < FOREST_LANES ? n : FOREST_LANES;
     return forest_start(walk, n_here, FOREST_SMALL_SET);
-}
-
-/* Copy what the next n positions read, feature by feature, `row` voxels each. While one feature is
-   copied the lines of the next are fetched, which the processor does not see coming by itself:
-   without it, 700 far reads and their walk take 1.2 times as long. */
-static inline void forest_stage(forest_walk *walk, const char *voxels, const ptrdiff_t *offsets,
-                                ptrdiff_t n_features, int16_t *staged, ptrdiff_t row, int32_t n)
-{
-    int32_t *lines = walk->nodes, n_lines = 0; /* positions that begin another line of 64 bytes */
-    for (int32_t p = 0; p < n; p++)
-        if (p == 0 || walk->places[p] >> 6 != walk->places[p - 1] >> 6) lines[n_lines++] = p;
-    for (ptrdiff_t f = 0; f < n_features; f++, staged += row) {
-        const char *base = voxels + offsets[f];
-        const char *next = voxels + offsets[f + 1 < n_features ? f + 1 : f];
-        for (int32_t l = 0; l < n_lines; l++)
-            __builtin_prefetch(next + walk->places[lines[l]]);
-        for (int32_t p = 0; p < n; p++) staged[p] = forest_voxel(base + walk->places[p]);
-    }
-    for (int32_t p = 0; p < n; p++) walk->places[p] = (ptrdiff_t)sizeof *staged * p;
 }
 
 /* sums[p, class] += the shares in leaf codes[p]. Codes below n_classes are pure leaves; adding the

@@ -2,6 +2,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK: int
+TILE: int
 WALK_BYTES: int
 PATHS: tuple[str, ...]
 
@@ -12,7 +13,6 @@ def walk_forest(
     slab: NDArray[np.int16],
     reads: NDArray[np.intp],
     positions: NDArray[np.int32],
-    staged_reads: NDArray[np.intp],
     staged: NDArray[np.int16],
     scratch: NDArray[np.uint8],
     sums: NDArray[np.float64],
@@ -26,7 +26,6 @@ def label_forest(
     slab: NDArray[np.int16],
     reads: NDArray[np.intp],
     positions: NDArray[np.int32],
-    staged_reads: NDArray[np.intp],
     staged: NDArray[np.int16],
     scratch: NDArray[np.uint8],
     sums: NDArray[np.float64],

@@ -1,8 +1,8 @@
 """A model: a classifier with all that is needed to use it on a new scan, in one file.
 
 An ``.organfast`` file is a safetensors file: arrays, and in its metadata under ``organfast`` a JSON
-header with everything else. It holds no code. A file is not trusted: each value of the header
-and each node of the forest is checked before anything runs on it.
+header with everything else. It holds no code. A file is not trusted: each value of the header,
+each node of a forest and each weight of a network is checked before anything runs on it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
+from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
 
 __all__ = ["Classifier", "Model", "load_model", "save_model"]
@@ -74,8 +75,9 @@ class Classifier(Protocol):
         """
 
 
-def _library_versions() -> dict[str, str]:
-    names = ("organfast", "numpy", "scikit-learn")
+def _library_versions(classifier: Forest | Cnn) -> dict[str, str]:
+    made_by = ("scikit-learn",) if isinstance(classifier, Forest) else ("jax", "flax", "optax")
+    names = ("organfast", "numpy", *made_by)
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -85,7 +87,7 @@ class Model:
 
     Parameters
     ----------
-    classifier : Forest
+    classifier : Forest or Cnn
         Trained on ``pattern`` and ``classes``.
     classes : ClassTable
         Its classes, in the order of its probabilities.
@@ -102,7 +104,7 @@ class Model:
         By use ("validation", "test") the held-out scores, for JSON: ``n_patients``, ``n_blocks``,
         ``block_accuracy``, ``block_accuracy_organs`` and others.
     versions : mapping of str to str
-        Library versions that made the model.
+        Library versions that made the model; by default those that are installed.
 
     Raises
     ------
@@ -110,16 +112,18 @@ class Model:
         The parts do not fit each other, or a record is not for JSON.
     """
 
-    classifier: Forest
+    classifier: Forest | Cnn
     classes: ClassTable
     pattern: Block | Context
     grid: ModelGrid
     stride: tuple[int, int, int] = NATIVE_STRIDE
     training: Mapping[str, Any] = field(default_factory=lambda: dict(_NO_RECORD))
     scores: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=_library_versions)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.versions:
+            object.__setattr__(self, "versions", _library_versions(self.classifier))
         if self.classifier.n_classes != len(self.classes):
             raise ValueError(
                 f"the classifier tells {self.classifier.n_classes} classes apart, "
@@ -136,12 +140,23 @@ class Model:
         object.__setattr__(self, "stride", (int(k), int(i), int(j)))
         _check_header(self._header)
 
+    @property
+    def kind(self) -> str:
+        """What the classifier is, "forest" or "cnn"."""
+        return "forest" if isinstance(self.classifier, Forest) else "cnn"
+
+    @property
+    def network(self) -> dict[str, Any] | None:
+        """A network's architecture and how it sees blocks, for JSON; None for a forest."""
+        return self.classifier.to_dict() if isinstance(self.classifier, Cnn) else None
+
     @cached_property
     def _header(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON gives it back."""
         header = {
             "schema": SCHEMA,
-            "classifier": "forest",
+            "classifier": self.kind,
+            "network": self.network,
             "classes": self.classes.to_dict(),
             "pattern": self.pattern.to_dict(),
             "grid": self.grid.to_dict(),
@@ -231,9 +246,8 @@ def load_model(path: StrPath) -> Model:
         classes = ClassTable.from_dict(header["classes"])
         pattern = pattern_from_dict(header["pattern"])
         grid = ModelGrid.from_dict(header["grid"])
-        forest = Forest.from_arrays(_read_arrays(content), pattern.offsets, len(classes))
         return Model(
-            classifier=forest,
+            classifier=_classifier(header, _read_arrays(content), pattern, len(classes)),
             classes=classes,
             pattern=pattern,
             grid=grid,
@@ -293,14 +307,34 @@ def _finite(text: str) -> float:
     return value
 
 
-# Name -> safetensors' name of the dtype, NumPy's, and the number of axes.
-_ARRAYS = {
-    "threshold": ("I16", "<i2", 1),
-    "feature": ("U16", "<u2", 1),
-    "left": ("I32", "<i4", 1),
-    "tree_starts": ("I64", "<i8", 1),
-    "leaf_table": ("F64", "<f8", 2),
+# A forest's arrays: name -> NumPy's dtype and the number of axes.
+_FOREST_ARRAYS = {
+    "threshold": ("<i2", 1),
+    "feature": ("<u2", 1),
+    "left": ("<i4", 1),
+    "tree_starts": ("<i8", 1),
+    "leaf_table": ("<f8", 2),
 }
+# By safetensors' name, NumPy's.
+_DTYPES = {"I16": "<i2", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
+
+
+def _classifier(
+    header: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    pattern: Block | Context,
+    n_classes: int,
+) -> Forest | Cnn:
+    if header["classifier"] == "cnn":
+        if not isinstance(pattern, Block):
+            raise ValueError("it has a network that sees no block")
+        return Cnn.from_arrays(arrays, header["network"], pattern, n_classes)
+    if set(arrays) != set(_FOREST_ARRAYS):
+        raise ValueError(f"it holds the arrays {', '.join(sorted(arrays)) or 'of no forest'}")
+    for name, (dtype, n_axes) in _FOREST_ARRAYS.items():
+        if arrays[name].dtype != np.dtype(dtype) or arrays[name].ndim != n_axes:
+            raise ValueError(f"{name} is {arrays[name].ndim}-D {arrays[name].dtype}")
+    return Forest.from_arrays(arrays, pattern.offsets, n_classes)
 
 
 def _read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
@@ -310,14 +344,11 @@ def _read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
         stored = dict(deserialize(content))  # type: ignore[no-untyped-call]  # a stub without types
     except SafetensorError as error:
         raise ValueError(f"damaged arrays ({error})") from None
-    if set(stored) != set(_ARRAYS):
-        raise ValueError(f"it holds the arrays {', '.join(sorted(stored)) or 'of no forest'}")
     arrays = {}
-    for name, (stored_dtype, dtype, n_axes) in _ARRAYS.items():
-        entry = stored[name]
-        if entry["dtype"] != stored_dtype or len(entry["shape"]) != n_axes:
-            raise ValueError(f"{name} is {len(entry['shape'])}-D {entry['dtype']}")
-        arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    for name, entry in stored.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name:.40} is {entry['dtype']}")
+        arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 
@@ -329,6 +360,10 @@ _NUMBER = (int, float)
 _SHAPE: dict[Any, Any] = {
     "schema": int,
     "classifier": str,
+    "network": (
+        {"architecture": str, "window": [_NUMBER], "standardise": bool, "precision": str},
+        None,
+    ),
     "classes": [
         {
             "name": str,
@@ -366,10 +401,10 @@ _SHAPE: dict[Any, Any] = {
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    fault = _fault(header, _SHAPE, "")
+    fault = _fault({"network": None, **header}, _SHAPE, "")
     if fault is not None:
         raise ValueError(f"{fault.lstrip('.') or 'its header'} is missing, or not of its kind")
-    if header["classifier"] != "forest":
+    if header["classifier"] not in ("forest", "cnn"):
         raise ValueError(f"it has a classifier of an unknown kind, {header['classifier']!r:.40}")
     rows = header["classes"]
     if len(rows) > MAX_CLASSES:

@@ -44,10 +44,9 @@ NODE = np.dtype([("threshold", np.int16), ("feature", np.uint16), ("left", np.in
 _FORCED = "ORGANFAST_KERNELS"
 
 _SUMS_BYTES = 8 << 20
-# Patterns that read from more memory than this do so from beyond the second cache; what they read
-# is copied first, for so many positions at a time that the copy about fills it.
+# Patterns that read from more memory than this do so from beyond the second cache: positions are
+# walked in tiles, for which all features are copied, if that takes fewer reads than the walk.
 _CACHE_BYTES = 1 << 20
-_STAGED_BYTES = 3 << 18
 _TREES_BETWEEN_EXITS = 16
 _TREES_PER_REPORT = 10
 
@@ -334,11 +333,8 @@ class Forest:
         """What both kernels take: trees, where they read in this slab, and scratch."""
         # Bytes from a position to each feature's voxel, in this slab's geometry.
         reads = (self.offsets.astype(np.intp) * slab.strides).sum(axis=1)
-        n_together = min(kernel.CHUNK, len(positions), max(1, _SUMS_BYTES // (8 * self.n_classes)))
-        staged = np.empty((0, 1), np.int16)
-        if np.ptp(reads) > _CACHE_BYTES and self.n_features < self._n_visits:
-            n_together = min(n_together, max(256, _STAGED_BYTES // (2 * self.n_features)))
-            staged = np.empty((self.n_features, n_together), np.int16)
+        is_far = np.ptp(reads) > _CACHE_BYTES and self.n_features < self._n_visits
+        n_chunk = min(kernel.CHUNK, len(positions), max(1, _SUMS_BYTES // (8 * self.n_classes)))
         return {
             "nodes": self.nodes,
             "tree_starts": self.tree_starts,
@@ -346,10 +342,9 @@ class Forest:
             "slab": slab,
             "reads": reads,
             "positions": positions,
-            "staged_reads": np.arange(len(staged), dtype=np.intp) * staged.strides[0],
-            "staged": staged,
+            "staged": _lines(self.n_features if is_far else 0, kernel.TILE),
             "scratch": np.empty(kernel.WALK_BYTES, np.uint8),
-            "sums": np.empty((n_together, self.n_classes)),
+            "sums": np.empty((kernel.TILE if is_far else n_chunk, self.n_classes)),
         }
 
     def _check_call(self, slab: NDArray[Any], positions: NDArray[Any]) -> None:
@@ -373,6 +368,13 @@ class Forest:
                     f"positions reach {low}..{high} along {name}, the slab has 0.."
                     f"{slab.shape[axis] - 1}; pad it by what the pattern reaches"
                 )
+
+
+def _lines(n: int, n_voxels: int) -> NDArray[np.int16]:
+    """(n, n_voxels) int16, uninitialised, from the beginning of a cache line on."""
+    memory = np.empty(2 * n * n_voxels + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + 2 * n * n_voxels].view(np.int16).reshape(n, n_voxels)
 
 
 def kernel_path() -> str:
