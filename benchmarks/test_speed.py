@@ -14,6 +14,7 @@ import pytest
 from organfast.bench import in_threads
 from organfast.benchcases import SIZES, SWEEP, enlargement_case, gather_case, load_case
 from organfast.benchcnn import batch_case, readme_case, towers_case
+from organfast.benchscores import bootstrap_case, confusion_case, label_pair_case, surface_case
 
 CNN = {
     "readme-33-dense-8": partial(readme_case, 33, 8),
@@ -53,3 +54,8 @@ def test_enlarge(benchmark: Any, blocks: int, threads: int) -> None:
 @pytest.mark.parametrize("slices", [50, 300])
 def test_load(benchmark: Any, slices: int, threads: int) -> None:
     benchmark(in_threads(partial(load_case, (512, 512, slices)), threads).ours)
+
+
+@pytest.mark.parametrize("build", [confusion_case, label_pair_case, surface_case, bootstrap_case])
+def test_scores(benchmark: Any, build: Any) -> None:
+    benchmark(build().ours)

@@ -28,6 +28,7 @@ from organfast.benchforest import (
     working_grid_case,
 )
 from organfast.benchscan import ScanCase, gunzip
+from organfast.benchscores import bootstrap_case, confusion_case, label_pair_case, surface_case
 from organfast.blocks import Block, gather_blocks
 from organfast.grid import ModelGrid
 from organfast.kernels import forest as forest_kernels
@@ -442,6 +443,10 @@ TABLE: dict[str, Callable[[], Measurable]] = {
     "enlarge": _ENLARGE,
     "clean": cleaning_case,
     "load": partial(load_case, (512, 512, 300)),
+    "confusion": confusion_case,
+    "label pair": label_pair_case,
+    "surfaces": surface_case,
+    "bootstrap": bootstrap_case,
     "scan": ScanCase,
     "scan, native": partial(ScanCase, pattern=Block(33), grid=ModelGrid(None)),
 }

@@ -16,7 +16,7 @@ import naive
 import numpy as np
 import pytest
 
-from organfast import bench, benchcases, benchcnn, benchforest
+from organfast import bench, benchcases, benchcnn, benchforest, benchscores
 from organfast.bench import Benchmark, Comparison, Peer, Scaling, in_threads, run_record
 from organfast.benchcnn import Cut
 from organfast.benchforest import Size
@@ -61,6 +61,10 @@ SMALL = {
     "enlarge": partial(benchcases.enlargement_case, 23, 16, 128),
     "clean": partial(benchcases.cleaning_case, 48, 10),
     "load": partial(benchcases.load_case, (64, 48, 5)),
+    "confusion": partial(benchscores.confusion_case, 48),
+    "label pair": partial(benchscores.label_pair_case, 48),
+    "surfaces": partial(benchscores.surface_case, 48),
+    "bootstrap": partial(benchscores.bootstrap_case, 5, 3, 50),
 }
 SMALL_CNN = {
     "readme": partial(benchcnn.readme_case, 33, 16, SQUARE),
@@ -132,6 +136,29 @@ def test_enlargement_peers_find_nearly_the_same_labels() -> None:
         found = np.asarray(peer.job()[0])  # type: ignore[index]
         # Blocks stand half a pixel apart from ours where the stride is even.
         assert np.mean(found == expected) > 0.9, name
+
+
+def test_scoring_peers_find_the_same() -> None:
+    case: Any = benchscores.confusion_case(48)
+    for name, peer in case.peers.items():
+        np.testing.assert_array_equal(peer.job(), case.ours(), err_msg=name)
+    case = benchscores.label_pair_case(48)
+    ours = case.ours()
+    counts, boxes, centres, _, other_centres = next(iter(case.peers.values())).job()
+    np.testing.assert_array_equal(counts, ours.counts)
+    there = ours.n_voxels[0] > 0
+    np.testing.assert_allclose(np.array(centres)[there], ours.centroids[0][there])
+    np.testing.assert_allclose(other_centres, ours.centroids[1], equal_nan=True)
+    for box, expected in zip(boxes, ours.boxes[0], strict=True):
+        if box is not None:
+            assert [(s.start, s.stop) for s in box] == [tuple(row) for row in expected.tolist()]
+    case = benchscores.surface_case(48)
+    nsd, hd95, mean = case.ours()
+    theirs = case.peers["surface-distance"].job()
+    np.testing.assert_allclose((nsd, hd95), theirs[:2], rtol=1e-5)
+    assert min(theirs[2]) <= mean <= max(theirs[2])
+    along, back = case.peers["scipy.ndimage correlate and distance_transform_edt"].job()
+    assert max(np.median(along), np.median(back)) <= hd95 <= max(along.max(), back.max())
 
 
 def test_forest_peers_find_the_same_probabilities() -> None:

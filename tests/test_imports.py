@@ -46,7 +46,7 @@ COLUMNS = [
         "doctor",
         "evaluation",
     ],
-    ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "demo"],
+    ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
 ]
 COLUMN_OF = {module: n for n, column in enumerate(COLUMNS) for module in column}

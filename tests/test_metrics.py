@@ -292,6 +292,11 @@ def test_percentiles_equal_their_twin() -> None:
             for share in (0.0, 0.3, 0.95, 1.0):
                 expected = naive.weighted_percentile(gaps, weights, share)
                 assert weighted_percentile(gaps, weights, share) == expected
+    four = np.arange(4, dtype=np.float32)
+    found = [weighted_percentile(four, np.ones(4, np.float32), q) for q in (0.25, 0.5, 0.51, 1)]
+    assert found == [0, 1, 2, 3]
+    in_one_bin = np.float32([1, 1.0001, 1.0002, 1e4])
+    assert weighted_percentile(in_one_bin, np.ones(4, np.float32), 0.5) == in_one_bin[1]
 
 
 def test_areas_are_those_of_known_surfaces_and_of_any_turned_cube() -> None:

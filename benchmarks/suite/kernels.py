@@ -12,6 +12,7 @@ from typing import ClassVar
 from organfast.bench import Benchmark, in_threads
 from organfast.benchcases import SIZES, enlargement_case, gather_case, load_case
 from organfast.benchforest import Size, context_case, slice_case
+from organfast.benchscores import bootstrap_case, confusion_case, label_pair_case, surface_case
 
 THREADS = (1, 2)
 FOREST = Size(n_trees=20, n_per_class=60, n_patients=1)
@@ -81,6 +82,22 @@ class Enlarge(_Timed):
 
     def setup(self, blocks: int, threads: int) -> None:
         self.case = in_threads(partial(enlargement_case, 23, blocks, 512), threads)
+
+
+class Scores(_Timed):
+    """Two label maps compared, a boundary measured, patients resampled."""
+
+    param_names: ClassVar = ["work"]
+    params: ClassVar = [("confusion", "label pair", "surfaces", "bootstrap")]
+
+    def setup(self, work: str) -> None:
+        cases = {
+            "confusion": confusion_case,
+            "label pair": label_pair_case,
+            "surfaces": surface_case,
+            "bootstrap": bootstrap_case,
+        }
+        self.case = cases[work]()
 
 
 class Load(_Timed):

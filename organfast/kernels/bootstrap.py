@@ -28,26 +28,32 @@ def bootstrap_means(values, seed, first, out):
     out    : (n_resamples, n_columns) float64, C order; NaN where nothing was drawn
     """
     n, n_columns = values.shape
-    filled = np.empty((n, n_columns), np.float64)
-    there = np.empty((n, n_columns), np.float64)
+    # What is there is counted beside its sums, but only where something is missing.
+    has_gaps = np.isnan(values).any()
+    table = np.zeros((n, 2 * n_columns if has_gaps else n_columns), np.float64)
     for row in range(n):
         for column in range(n_columns):
-            is_there = not np.isnan(values[row, column])
-            there[row, column] = 1.0 if is_there else 0.0
-            filled[row, column] = values[row, column] if is_there else 0.0
+            if not np.isnan(values[row, column]):
+                table[row, column] = values[row, column]
+                if has_gaps:
+                    table[row, n_columns + column] = 1.0
     step = uint64(0x9E3779B97F4A7C15)
-    counts = np.empty(n_columns, np.float64)
+    rows = np.empty(n, np.int64)
+    sums = np.empty(table.shape[1], np.float64)
     for r in range(out.shape[0]):
         state = mixed(mixed(uint64(seed)) + step * uint64(first + r + 1))
-        sums = out[r]
-        sums[:] = 0.0
-        counts[:] = 0.0
-        for _ in range(n):
+        for place in range(n):
             state += step
             # The upper 32 bits, scaled: no division, and no bias that could be seen.
-            row = ((mixed(state) >> uint64(32)) * uint64(n)) >> uint64(32)
-            for column in range(n_columns):
-                sums[column] += filled[row, column]
-                counts[column] += there[row, column]
+            rows[place] = np.int64(((mixed(state) >> uint64(32)) * uint64(n)) >> uint64(32))
+        drawn = table[rows[0]]
+        for column in range(drawn.size):
+            sums[column] = drawn[column]
+        for place in range(1, n):
+            drawn = table[rows[place]]
+            for column in range(drawn.size):
+                sums[column] += drawn[column]
+        means = out[r]
         for column in range(n_columns):
-            sums[column] = sums[column] / counts[column] if counts[column] else np.nan
+            count = sums[n_columns + column] if has_gaps else float(n)
+            means[column] = sums[column] / count if count else np.nan

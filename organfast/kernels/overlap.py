@@ -5,7 +5,7 @@ compared eight bytes at a time, which takes a machine that stores the lowest byt
 """
 
 # Compiled functions take arrays whose layout Numba specialises on: no annotation says that.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from typing import Any
 
@@ -80,24 +80,44 @@ def run_end(truth, predicted, words, rests, start, end):
 def overlap(truth, predicted, counts):
     """Count the pairs of labels, run by run.
 
-    truth, predicted : (n,) uint8 or uint16, both alike
+    truth, predicted : (n,) uint8 or uint16, both alike, n > 0
     counts           : (n_classes, n_classes) int64, rows are truth; added to
     returns the number of voxels with a label beyond n_classes; these are left out
     """
-    n_classes = counts.shape[0]
+    # As ``run_end`` does, but what is known of a run is kept from word to word.
+    n_classes = uint64(counts.shape[0])
     truth_words, truth_rest = as_words(truth)
     predicted_words, predicted_rest = as_words(predicted)
-    words, rests = (truth_words, predicted_words), (truth_rest, predicted_rest)
+    shift = 3 if truth.itemsize == 1 else 2
+    bits_shift = 6 - shift
+    ones = uint64(0x0101010101010101 if truth.itemsize == 1 else 0x0001000100010001)
+    size = truth.size
     n_beyond = 0
-    start = 0
-    while start < truth.size:
-        stop = run_end(truth, predicted, words, rests, start, truth.size)
-        t, p = np.int64(truth[start]), np.int64(predicted[start])
-        if t < n_classes and p < n_classes:
-            counts[t, p] += stop - start
+    start, t, p = np.int64(0), uint64(truth[0]), uint64(predicted[0])
+    all_t, all_p = t * ones, p * ones
+    for word in range(truth_words.size + 1):
+        if word < truth_words.size:
+            here_t, here_p = truth_words[word], predicted_words[word]
         else:
-            n_beyond += stop - start
-        start = stop
+            here_t, here_p = truth_rest, predicted_rest
+        differing = (here_t ^ all_t) | (here_p ^ all_p)
+        while differing:
+            within = np.int64(trailing_zeros(differing)) >> bits_shift
+            stop = (word << shift) + within
+            if stop >= size:
+                break
+            if t < n_classes and p < n_classes:
+                counts[t, p] += stop - start
+            else:
+                n_beyond += stop - start
+            start, t, p = stop, uint64(truth[stop]), uint64(predicted[stop])
+            all_t, all_p = t * ones, p * ones
+            passed = uint64(within << bits_shift)
+            differing = ((here_t ^ all_t) | (here_p ^ all_p)) >> passed << passed
+    if t < n_classes and p < n_classes:
+        counts[t, p] += size - start
+    else:
+        n_beyond += size - start
     return n_beyond
 
 
