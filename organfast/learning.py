@@ -60,6 +60,7 @@ from organfast.workers import Workers
 __all__ = ["Recipe", "Sampling", "case_digests", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
+WORKING_STRIDE = (2, 3, 3)
 APART_MM = (4.5, 4.5, 6.0)
 EASIEST = 0.02
 """Weight of a voxel that the guide is certain of, beside 1 for one that it gets wholly wrong."""
@@ -372,10 +373,12 @@ def train(
 
 
 def _stride(recipe: Recipe) -> tuple[int, int, int]:
-    """Positions about 4.5 x 4.5 x 6 mm apart, or every fourth pixel of each slice."""
+    """Voxels between positions; those of a network, whose grid is coarser, are as far apart in mm."""
     spacing_mm = recipe.grid.spacing_mm
     if spacing_mm is None:
         return NATIVE_STRIDE
+    if recipe.network is None:
+        return WORKING_STRIDE
     x, y, z = (max(1, round(mm / s)) for mm, s in zip(APART_MM, spacing_mm, strict=True))
     return z, y, x
 
