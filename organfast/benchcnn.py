@@ -2,8 +2,9 @@
 
 Weights are those before training, from a fixed seed: speed does not depend on them. All sides run
 the same network on the same positions of the same slice with as many threads as the machine has
-cores, for XLA takes them all. Compiling is outside the timing; the first call's time, in which our
-program is compiled or read from JAX's cache on disk, is told apart.
+cores, for XLA takes them all; torch runs with one as well, for where others use the cores its
+threads wait for each other and it is slower with several. Compiling is outside the timing; the
+first call's time, in which our program is compiled or read from JAX's cache on disk, is told apart.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ __all__ = ["SLICE", "Cut", "batch_case", "cnn_cases", "gpu_note", "readme_case",
 
 N_CLASSES = 23
 _WINDOW = (-160.0, 240.0)
-_PEER_SAMPLE = 2048
+_PEER_SAMPLE = 1024
 _BATCH = 256
+_METHODS = {"dense": "dense", "blocks": "block by block"}
 # Strides that go with a size, besides the size itself, which shares nothing.
 _STRIDES = (16, 8, 4)
 _SIZES = (33, 63)
@@ -106,6 +108,12 @@ class _Asked:
     def n(self) -> int:
         return len(self.axis) ** 2
 
+    @cached_property
+    def products(self) -> tuple[float, float]:
+        """Multiplications per position, dense and block by block."""
+        stride, shape = (self.stride, self.stride), (len(self.axis), len(self.axis))
+        return self.cnn.products_per_position(stride, shape)
+
     def sample(self, most: int = _PEER_SAMPLE) -> slice:
         """Neighbouring rows of positions, from the middle."""
         n_rows = max(1, min(len(self.axis), most // len(self.axis)))
@@ -143,7 +151,7 @@ class _Asked:
 
 
 def readme_case(size: int, stride: int, cut: Cut = SLICE) -> Benchmark:
-    """The seed's network at all positions of a slice, dense.
+    """The seed's network at all positions of a slice, dense or block by block: the lesser work.
 
     Parameters
     ----------
@@ -155,17 +163,16 @@ def readme_case(size: int, stride: int, cut: Cut = SLICE) -> Benchmark:
         Of the slice.
     """
     asked = _Asked(_network("readme", Block(size), cut.device), stride, cut)
-    rows = asked.sample()
-    blocks = asked.blocks(asked.positions(rows))
+    blocks = asked.blocks(asked.positions(asked.sample()))
     skipped: list[str] = []
-    peers = {**_block_by_block(asked), **_others(asked.cnn, blocks, asked.n, skipped)}
-    return _dense_case(asked, f"CNN readme, {size} px", peers, skipped)
+    peers = _others(asked.cnn, blocks, asked.n, skipped, _limit(min(asked.products), cut))
+    return _grid_case(asked, f"CNN readme, {size} px", peers, skipped)
 
 
 def towers_case(
     size: int, stride: int = 8, levels: tuple[int, ...] = (1,), cut: Cut = SLICE
 ) -> Benchmark:
-    """Our network at all positions of a slice, dense; at 33 and 63 px beside the seed's.
+    """Our network at all positions of a slice; at 33 and 63 px beside the seed's, dense.
 
     Parameters
     ----------
@@ -179,12 +186,13 @@ def towers_case(
         Of the slice.
     """
     asked = _Asked(_network("towers", Block(size, levels), cut.device), stride, cut)
-    peers = _block_by_block(asked)
+    peers: dict[str, Peer] = {}
     if size in _SIZES:
         readme = replace(asked, cnn=_network("readme", Block(size), cut.device))
         peers[f"ours, readme, {size} px, dense"] = Peer(readme.grid_job("dense"))
+    peers |= _limit(min(asked.products), cut)
     name = f"CNN towers, {size} px, {'one level' if levels == (1,) else f'levels {levels}'}"
-    return _dense_case(asked, name, peers, [])
+    return _grid_case(asked, name, peers, [])
 
 
 def batch_case(size: int, batch: int, cut: Cut = SLICE) -> Benchmark:
@@ -212,11 +220,11 @@ def batch_case(size: int, batch: int, cut: Cut = SLICE) -> Benchmark:
 
     n = len(positions)
     products = block_products(asked.cnn.architecture, asked.cnn.pattern, N_CLASSES)
-    peers = _others(asked.cnn, asked.blocks(positions), n, skipped)
+    limit = _limit(products, cut)
     return Benchmark(
         f"CNN readme, {size} px, block by block, a batch of {n}{_where(cut)}",
         job,
-        {**peers, **_limit(products, cut)},
+        _others(asked.cnn, asked.blocks(positions), n, skipped, limit),
         n_items=n,
         unit="positions",
         skipped=tuple(skipped),
@@ -225,14 +233,19 @@ def batch_case(size: int, batch: int, cut: Cut = SLICE) -> Benchmark:
     )
 
 
-def _dense_case(asked: _Asked, name: str, peers: dict[str, Peer], skipped: list[str]) -> Benchmark:
-    job, shape = asked.grid_job("dense"), (len(asked.axis), len(asked.axis))
-    products = asked.cnn.products_per_position((asked.stride, asked.stride), shape)[0]
-    pixels = asked.cut.pixels
+def _grid_case(asked: _Asked, name: str, peers: dict[str, Peer], skipped: list[str]) -> Benchmark:
+    """By the method that takes fewer multiplications, beside the other."""
+    dense, block = asked.products
+    ours, other = ("dense", "blocks") if dense < block else ("blocks", "dense")
+    job, pixels = asked.grid_job(ours), asked.cut.pixels
+    rows = asked.sample() if other == "blocks" else slice(0, len(asked.axis))
+    n = (rows.stop - rows.start) * len(asked.axis)
+    beside = {f"ours, {_METHODS[other]}{_share(n, asked.n)}": Peer(asked.grid_job(other, rows), n)}
     return Benchmark(
-        f"{name}, dense, stride {asked.stride}, a {pixels} x {pixels} slice{_where(asked.cut)}",
+        f"{name}, {_METHODS[ours]}, stride {asked.stride}, a {pixels} x {pixels} slice"
+        f"{_where(asked.cut)}",
         job,
-        {**peers, **_limit(products, asked.cut)},
+        {**beside, **peers},
         n_items=asked.n,
         unit="positions",
         skipped=tuple(skipped),
@@ -259,23 +272,23 @@ def _share(n: int, of: int) -> str:
     return "" if n == of else f", {n:,} of the positions"
 
 
-def _block_by_block(asked: _Asked) -> dict[str, Peer]:
-    rows = asked.sample()
-    n = (rows.stop - rows.start) * len(asked.axis)
-    job = asked.grid_job("blocks", rows)
-    return {f"ours, block by block{_share(n, asked.n)}": Peer(job, n)}
-
-
 def _others(
-    cnn: Cnn, blocks: NDArray[np.int16], n_asked: int, skipped: list[str]
+    cnn: Cnn, blocks: NDArray[np.int16], n_asked: int, skipped: list[str], limit: dict[str, Peer]
 ) -> dict[str, Peer]:
-    """The same weights by others, on blocks that are in memory, a batch at a time."""
+    """The same weights by others, on blocks that are in memory, a batch at a time; and the limit.
+
+    NumPy's threads go on looking for work for a while after a product; so what comes next is torch
+    with one thread, which minds them least.
+    """
     n, found = len(blocks), {}
     how = f"blocks copied beforehand{_share(n, n_asked)}"
-    if installed("torch", skipped):
-        found[f"torch, {how}"] = Peer(_by_torch(cnn, blocks), n)
     if installed("onnx", skipped) and installed("onnxruntime", skipped):
         found[f"onnxruntime, as exported, {how}"] = Peer(_by_onnxruntime(cnn, blocks), n)
+    found |= limit
+    if installed("torch", skipped):
+        for threads in sorted({1, n_threads()}):
+            name = f"torch, {'one thread' if threads == 1 else f'{threads} threads'}, {how}"
+            found[name] = Peer(_by_torch(cnn, blocks, threads), n)
     return found
 
 
@@ -297,17 +310,17 @@ def _by_onnxruntime(cnn: Cnn, blocks: NDArray[np.int16]) -> Job:
     return _in_batches(lambda part: session.run(None, {"blocks": part})[0], blocks)
 
 
-def _by_torch(cnn: Cnn, blocks: NDArray[np.int16]) -> Job:
-    """Eager, on float32 blocks that are windowed beforehand, channels first."""
+def _by_torch(cnn: Cnn, blocks: NDArray[np.int16], threads: int) -> Job:
+    """Eager, on float32 blocks that are windowed beforehand; channels last, which is faster."""
     import torch
 
-    torch.set_num_threads(n_threads())
     low, high = cnn.window
     levels = torch.from_numpy(np.clip((blocks.astype(np.float32) - low) / (high - low), 0, 1))
     towers = [_torch_tower(cnn, t) for t in range(len(cnn.architecture.towers))]
     head = _torch_head(cnn)
 
     def run(part: Any) -> NDArray[np.float32]:
+        torch.set_num_threads(threads)
         with torch.inference_mode():
             flat = torch.cat([tower(part[:, t]) for t, tower in enumerate(towers)], 1)
             found: NDArray[np.float32] = torch.softmax(head(flat), 1).numpy()
@@ -317,6 +330,7 @@ def _by_torch(cnn: Cnn, blocks: NDArray[np.int16]) -> Job:
 
 
 def _torch_tower(cnn: Cnn, t: int) -> Any:
+    import torch
     from torch import nn
 
     layers: list[Any] = []
@@ -334,7 +348,7 @@ def _torch_tower(cnn: Cnn, t: int) -> Any:
         kernel = cnn.params[f"tower{t}.conv{n}.kernel"].transpose(3, 2, 0, 1)
         _give(conv, kernel, cnn.params[f"tower{t}.conv{n}.bias"])
         layers += [conv, nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten())
+    return nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
 
 
 def _torch_head(cnn: Cnn) -> Any:
