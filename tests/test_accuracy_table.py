@@ -34,6 +34,14 @@ def test_what_was_not_measured_is_not_shown() -> None:
     assert accuracy_table.table(rows, "pattern").splitlines()[-1] == "| seed | .25 / .12 · 12 mm |"
 
 
+def test_what_was_timed_is_shown_of_the_phantoms() -> None:
+    timed = scores(train_s=90.0, segment_s=2.04, file_mb=1.3)
+    rows = {"cnn": {"phantoms": timed, "chest -> abdomen": scores()}}
+    head, _, row = accuracy_table.table(rows, "classifier").splitlines()
+    assert head.endswith("| learning, a scan, the file |")
+    assert row.endswith("| 1.5 min · 2.0 s · 1.3 MB |")
+
+
 def test_a_text_without_room_for_the_table_is_refused() -> None:
     for text in ("", "<!-- a:end -->\n<!-- a:begin -->\n", "<!-- a:begin -->\n" * 2):
         with pytest.raises(ValueError, match="put <!-- a:begin --> and <!-- a:end -->"):

@@ -37,7 +37,7 @@ def table(rows: Mapping[str, Any], what: str) -> str:
         if group in first:
             n = first[group]["n_patients"]
             heads.append(f"{shown}, **{n} patient{'s' if n > 1 else ''}** unseen")
-    is_timed = "train_s" in first["phantoms"]
+    is_timed = "train_s" in first.get("phantoms", {})
     heads += ["learning, a scan, the file"] if is_timed else []
     lines = [f"| {what} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, groups in rows.items():
