@@ -489,16 +489,24 @@ def evaluate(
         str | None, typer.Option(help="Widths of the box averages a block is read from.")
     ] = None,
     spacing: Annotated[
-        str, typer.Option(help="Working grid of the folds, X,Y,Z in mm, or `native`.")
-    ] = "1.5,1.5,3",
+        str | None,
+        typer.Option(
+            help="Working grid of the folds, X,Y,Z in mm, or `native`. Default: 1.5,1.5,3; 3,3,3 "
+            "for a cnn."
+        ),
+    ] = None,
     classes: Annotated[
         str, typer.Option(help="What the folds learn: `default`, `dataset`, or a CSV.")
     ] = "default",
-    layout: Annotated[str, typer.Option(help="auto, totalsegmentator, visceral, pairs.")] = "auto",
+    layout: Layout = "auto",
     n_per_class: Annotated[
         int, typer.Option(min=1, help="Blocks per class and patient that folds learn from.")
     ] = 1000,
     trees: Annotated[int, typer.Option(min=1, help="Trees of the folds' forests.")] = 100,
+    learn: Annotated[str, typer.Option(help="What folds learn: forest or cnn.")] = "forest",
+    architecture: Annotated[str, typer.Option(help="Of a cnn, as for train.")] = "towers",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a cnn, as for train.")] = None,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -519,6 +527,7 @@ def evaluate(
     from organfast.grid import ModelGrid
     from organfast.layouts import find_cases
     from organfast.learning import Recipe
+    from organfast.models.classifier import load_model
     from organfast.models.forest import ForestSettings
     from organfast.scorebook import compare
 
@@ -541,19 +550,25 @@ def evaluate(
     with _progress() as progress:
         if model is not None:
             tested = None if splits is None else {p for s in splits for p in s.test}
-            evaluation = score(
-                model, found, scoring, tested, out, threads=threads, progress=progress
-            )
-            if against is not None:
-                other = score(
-                    against, found, scoring, tested, out, threads=threads, progress=progress
+
+            def judged(path: Path) -> Evaluation:
+                loaded = _on_device(load_model(path), device)
+                return score(
+                    loaded, found, scoring, tested, out, threads=threads, progress=progress
                 )
+
+            evaluation = judged(model)
+            other = None if against is None else judged(against)
         else:
+            network = _network(learn, architecture, steps, False, seed, (None, None, device))
+            if spacing is None:
+                spacing = "1.5,1.5,3" if network is None else "3,3,3"
             spacing_mm = None if spacing == "native" else _three_lengths(spacing)
             recipe = Recipe(
                 grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
                 n_per_class=n_per_class,
                 forest=ForestSettings(n_trees=trees, seed=seed),
+                network=network,
                 classes=_classes(classes, found),
                 seed=seed,
             )

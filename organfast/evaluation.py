@@ -65,7 +65,6 @@ StrPath = str | PathLike[str]
 Folds = int | Literal["leave-one-out"] | Sequence[Split]
 
 WHAT = "evaluating cases"
-_REMEDY = 'give {"train": [...], "test": [...]}, or nnU-Net\'s [{"train": [...], "val": [...]}]'
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def evaluate(
         A patient is not in the dataset.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
+    dataset = _scans(dataset)
     scoring = scoring or Scoring()
     wanted = set(dataset.patients) if patients is None else set(patients)
     unknown = wanted - set(dataset.patients)
@@ -228,9 +227,20 @@ def cross_validate(
     ValueError
         The folds or the recipe do not fit the dataset.
     """
-    dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
+    dataset = _scans(dataset)
     recipe, scoring = recipe or Recipe(), scoring or Scoring()
-    pattern = pattern_on(recipe.grid, pattern)
+    if recipe.network is None:
+        pattern = pattern_on(recipe.grid, pattern)
+    else:
+        pattern = recipe.network.pattern_on(recipe.grid, pattern)
+        outputs = recipe.network.outputs
+        wishes = ("checkpoints", "log", "tensorboard", "report")
+        if outputs is not None and any(getattr(outputs, wish) is not None for wish in wishes):
+            raise ValueError(
+                "the network has outputs, and checkpoints of one fold must not reach the next; "
+                "leave them out"
+            )
+        recipe = replace(recipe, network=replace(recipe.network, outputs=None))
     # One table for all folds, whatever the patients that train in one of them lack.
     classes = recipe.classes or dataset_classes(dataset)
     recipe = replace(recipe, classes=classes, split=None)
@@ -241,13 +251,24 @@ def cross_validate(
     how = {"pattern": pattern.to_dict(), "recipe": _fingerprint(recipe)}
     for fold, (split, cases) in enumerate(zip(splits, tested, strict=True)):
         # Training is not told whom it is tested on: it would score blocks of them, too.
-        untested = replace(recipe, split=Split(split.train))
+        untested = replace(recipe, split=Split(split.train, split.validation))
         run.score(cases, _Learned(dataset, pattern, untested, run), fold)
     record = {
         **how,
-        "folds": [{"train": list(s.train), "test": list(s.test)} for s in splits],
+        "folds": [{use: list(names) for use, names in asdict(s).items()} for s in splits],
     }
     return run.evaluation(classes, record)
+
+
+def _scans(dataset: StrPath | Dataset) -> Dataset:
+    dataset = dataset if isinstance(dataset, Dataset) else find_cases(dataset)
+    if dataset.layout == "blocks":
+        raise InputError(
+            dataset.folder,
+            "holds blocks that were cut out, and no scan to segment",
+            "give labelled scans; `organfast train --split` scores blocks",
+        )
+    return dataset
 
 
 def _splits(dataset: Dataset, folds: Folds, seed: int) -> tuple[Split, ...]:
@@ -261,8 +282,7 @@ def _splits(dataset: Dataset, folds: Folds, seed: int) -> tuple[Split, ...]:
         split.check(patients)
         if not split.test:
             raise ValueError("a fold has no patient to test on; name one in its split")
-    # What validates a split is not learned from: nothing is chosen by it here.
-    return tuple(Split(split.train, (), split.test) for split in folds)
+    return tuple(folds)
 
 
 def read_folds(path: StrPath, dataset: Dataset) -> tuple[Split, ...]:
@@ -271,8 +291,8 @@ def read_folds(path: StrPath, dataset: Dataset) -> tuple[Split, ...]:
     Parameters
     ----------
     path : path
-        JSON. nnU-Net names cases, and tests on what it calls ``val``; all the cases of a patient
-        go with the one that is named.
+        JSON. nnU-Net names cases, and tests on what it calls ``val``; ``splits_final.json#2`` is
+        its third fold alone.
     dataset : Dataset
         Whose patients or cases it names.
 
@@ -281,39 +301,19 @@ def read_folds(path: StrPath, dataset: Dataset) -> tuple[Split, ...]:
     InputError
         The file is no such split, or does not fit the dataset.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", _REMEDY) from None
-    try:
-        if isinstance(content, list):
-            splits = tuple(_nnunet_split(fold, dataset) for fold in content)
-        else:
-            splits = (Split.read(path),)
-        for split in splits:
-            split.check(dataset.patients)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(path, str(error), "see `organfast info DATASET`") from None
-    if not splits:
-        raise InputError(path, "holds no fold", _REMEDY)
-    return splits
-
-
-def _nnunet_split(fold: Any, dataset: Dataset) -> Split:
     patient_of = {case.name: case.patient for case in dataset.cases}
-
-    def patients(use: str) -> tuple[str, ...]:
-        names = fold.get(use) if isinstance(fold, dict) else None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("a fold is not a dictionary of lists of cases, train and val")
-        absent = sorted(set(names) - set(patient_of))
-        if absent:
-            raise ValueError(f"the split names case {absent[0]}, which is not in the dataset")
-        return tuple(sorted({patient_of[name] for name in names}))
-
-    return Split(patients("train"), (), patients("val"))
+    folds: tuple[Split, ...] = (Split.read(path, patient_of),)  # which checks the file
+    content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else [None]
+    if isinstance(content, list):  # nnU-Net's, whole or, with a #, one of them
+        numbers = range(1, len(content))
+        named = (*folds, *(Split.read(f"{path}#{n}", patient_of) for n in numbers))
+        folds = tuple(Split(fold.train, (), fold.validation) for fold in named)
+    for fold in folds:
+        try:
+            fold.check(dataset.patients)
+        except ValueError as error:
+            raise InputError(path, str(error), "see `organfast info DATASET`") from None
+    return folds
 
 
 class _Source(Protocol):
@@ -353,7 +353,8 @@ class _Learned:
     @cached_property
     def key(self) -> dict[str, Any]:
         split = self.recipe.split or Split(self.dataset.patients)
-        cases = [case for case in self.dataset.cases if case.patient in split.train]
+        learned_from = {*split.train, *split.validation}
+        cases = [case for case in self.dataset.cases if case.patient in learned_from]
         return {
             "organfast": __version__,
             "pattern": self.pattern.to_dict(),

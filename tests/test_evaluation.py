@@ -35,6 +35,7 @@ from organfast.learning import Recipe, train
 from organfast.metrics import SCORES
 from organfast.models.classifier import Model, load_model
 from organfast.models.forest import ForestSettings
+from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.pipeline import Settings, segment
 from organfast.sampling import Split
 from organfast.scorebook import (
@@ -238,7 +239,8 @@ def test_folds_are_given_by_number_and_by_split(dataset: Dataset) -> None:
         progress=lambda what, done, total: seen.append((what, done, total)),
     )
     assert [case.name for case in found.cases] == ["phantom_001"]
-    assert found.how["folds"] == [{"train": ["phantom_000"], "test": ["phantom_001"]}]
+    fold = {"train": ["phantom_000"], "validation": ["phantom_002"], "test": ["phantom_001"]}
+    assert found.how["folds"] == [fold]
     assert (flow.WHAT, 0, 1) in seen
     assert seen[-1] == (flow.WHAT, 1, 1)
     for folds, message in (
@@ -255,22 +257,50 @@ def test_folds_are_read_as_nnunet_writes_them(dataset: Dataset, tmp_path: Path) 
     path = tmp_path / "splits_final.json"
     a, b, c = dataset.patients
     path.write_text(json.dumps([{"train": [a, b], "val": [c]}, {"train": [c], "val": [b, a]}]))
-    assert read_folds(path, dataset) == (Split((a, b), (), (c,)), Split((c,), (), (a, b)))
+    assert read_folds(path, dataset) == (Split((a, b), (), (c,)), Split((c,), (), (b, a)))
+    assert read_folds(f"{path}#1", dataset) == (Split((c,), (), (b, a)),)
     path.write_text(json.dumps({"train": [a], "test": [b]}))
     assert read_folds(path, dataset) == (Split((a,), (), (b,)),)
     for wrong, message in (
         ("[", "cannot be read as JSON"),
-        ("[]", "holds no fold"),
-        ('[{"train": ["phantom_000"]}]', "not a dictionary of lists"),
-        ('["phantom_000"]', "not a dictionary of lists"),
-        ('[{"train": ["phantom_000"], "val": ["x"]}]', "names case x"),
-        ('[{"train": ["phantom_000"], "val": ["phantom_000"]}]', "stands twice"),
+        ("[]", "has 0 folds"),
+        ('[{"train": ["phantom_000"]}]', "no split of nnU-Net"),
+        ('[{"train": ["phantom_000"], "val": ["x"]}]', "names patient x"),
+        ('[{"train": ["phantom_000"], "val": ["phantom_000"]}]', "both to train and to validate"),
         ('{"train": ["x"]}', "names patient x"),
         ("3", "is not a split"),
     ):
         path.write_text(wrong)
         with pytest.raises(InputError, match=message):
             read_folds(path, dataset)
+
+
+def test_networks_go_through_it_as_forests_do(dataset: Dataset, tmp_path: Path) -> None:
+    training, outputs = training_settings({"steps": 30}, "towers", checkpoints=tmp_path / "kept")
+    recipe = replace(
+        RECIPE, grid=ModelGrid((5, 5, 8), "piecewise"), network=NetworkRecipe(training=training)
+    )
+    split = [Split(("phantom_000",), ("phantom_002",), ("phantom_001",))]
+    shelf = tmp_path / "out"
+    found = cross_validate(dataset, PATTERN, recipe, split, SCORING, shelf, threads=2)
+    assert [case.name for case in found.cases] == ["phantom_001"]
+    assert found.by_case("dice")[0, found.organs.index("lung_right")] > 0.3
+    model = load_model(next((shelf / "models").iterdir()))
+    assert model.digest == found.cases[0].model
+    assert set(model.training["cases"]) == {"phantom_000"}
+    blocks = found.blocks
+    assert blocks is not None
+    assert blocks.counts.trace() > 3 / len(found.classes) * blocks.counts.sum()
+    carried = replace(recipe, network=NetworkRecipe(training=training, outputs=outputs))
+    with pytest.raises(ValueError, match="must not reach the next"):
+        cross_validate(dataset, PATTERN, carried, split, SCORING)
+
+
+def test_blocks_that_were_cut_out_are_no_scans(dataset: Dataset, model: Model) -> None:
+    blocks = replace(dataset, layout="blocks")
+    for job in (lambda: evaluate(model, blocks), lambda: cross_validate(blocks)):
+        with pytest.raises(InputError, match="no scan to segment"):
+            job()
 
 
 # --- blocks and calibration -----------------------------------------------------------------------
