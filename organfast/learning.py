@@ -373,7 +373,7 @@ def train(
 
 
 def _stride(recipe: Recipe) -> tuple[int, int, int]:
-    """Voxels between positions; those of a network, whose grid is coarser, are as far apart in mm."""
+    """Voxels between positions; a network's, on its coarser grid, are as far apart in mm."""
     spacing_mm = recipe.grid.spacing_mm
     if spacing_mm is None:
         return NATIVE_STRIDE
