@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/user
 	$(BIN)/organfast demo -o demo
 
+# Two processes, a test module to each at a time; JOBS=0 runs all in one.
+JOBS ?= 2
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
