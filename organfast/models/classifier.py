@@ -156,7 +156,6 @@ class Model:
         header = {
             "schema": SCHEMA,
             "classifier": self.kind,
-            "network": self.network,
             "classes": self.classes.to_dict(),
             "pattern": self.pattern.to_dict(),
             "grid": self.grid.to_dict(),
@@ -167,6 +166,8 @@ class Model:
             "calibration": None,
             "presets": None,
         }
+        if self.network is not None:
+            header["network"] = self.network
         try:
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -328,7 +329,7 @@ def _classifier(
     if header["classifier"] == "cnn":
         if not isinstance(pattern, Block):
             raise ValueError("it has a network that sees no block")
-        return Cnn.from_arrays(arrays, header["network"], pattern, n_classes)
+        return Cnn.from_arrays(arrays, header.get("network") or {}, pattern, n_classes)
     if set(arrays) != set(_FOREST_ARRAYS):
         raise ValueError(f"it holds the arrays {', '.join(sorted(arrays)) or 'of no forest'}")
     for name, (dtype, n_axes) in _FOREST_ARRAYS.items():
