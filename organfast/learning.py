@@ -234,6 +234,7 @@ class Recipe:
             "be brought to a working grid": (self.grid.spacing_mm, "use ModelGrid(None)"),
             "be asked by a guide": (self.sampling.guide, "leave the guide"),
             "be altered": (self.augmentation, "leave the augmentation"),
+            "teach a network": (self.network, "learn a forest"),
         }
         for what, (asked, remedy) in remedies.items():
             if asked is not None:

@@ -251,6 +251,7 @@ def test_what_blocks_cannot_be_used_for_is_said(tmp_path: Path) -> None:
         (of.Context(), None, "use Block"),
         (None, of.Recipe(), "working grid; use ModelGrid"),
         (None, of.Recipe(grid=ModelGrid(None), augmentation=of.Augmentation()), "be altered"),
+        (None, of.Recipe(grid=ModelGrid(None), network=of.NetworkRecipe()), "teach a network"),
     ):
         with pytest.raises(ValueError, match=words):
             of.train(tmp_path, pattern, recipe)

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
-from math import prod
 from pathlib import Path
 
 import naive
 import numpy as np
 import pytest
+from networks import N_CLASSES, WINDOW, network
 
 from organfast.blocks import Block, Context
 from organfast.grid import GridVolume
@@ -42,9 +41,6 @@ from organfast.models.network import (  # noqa: E402
     scaled,
 )
 
-WINDOW = (-160.0, 240.0)
-MERGE = np.array([0, 1, 2, 2, 4])  # class 3 has no label
-N_CLASSES = 5
 BLOCK = Block(9, (1, 3), 3)
 
 
@@ -54,17 +50,6 @@ def _strict_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@cache
-def network(name: str, block: Block) -> Cnn:
-    described = architecture(name, block)
-    rng = np.random.default_rng(0)
-    params = {}
-    for key, shape in described.parameter_shapes(len(MERGE)).items():
-        scale = 0.3 if key.endswith("bias") else (2 / prod(shape[:-1])) ** 0.5
-        params[key] = (scale * rng.standard_normal(shape)).astype(np.float32)
-    return Cnn(described, block, WINDOW, params, MERGE, N_CLASSES)
 
 
 def on_device(cnn: Cnn):

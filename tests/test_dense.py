@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
-from math import prod
 
 import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import N_CLASSES, network
 
 from organfast.blocks import Block
 from organfast.models import cnn as module
@@ -23,10 +22,6 @@ from organfast.models.dense import DensePlan, block_products
 
 jax = pytest.importorskip("jax")
 
-WINDOW = (-160.0, 240.0)
-MERGE = np.array([0, 1, 2, 2, 4])  # class 3 has no label
-N_CLASSES = 5
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _strict_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -34,18 +29,6 @@ def _strict_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@cache
-def network(name: str, block: Block) -> Cnn:
-    """Random weights, of such a size that probabilities are far from equal."""
-    described = architecture(name, block)
-    rng = np.random.default_rng(0)
-    params = {}
-    for key, shape in described.parameter_shapes(len(MERGE)).items():
-        scale = 0.3 if key.endswith("bias") else (2 / prod(shape[:-1])) ** 0.5
-        params[key] = (scale * rng.standard_normal(shape)).astype(np.float32)
-    return Cnn(described, block, WINDOW, params, MERGE, N_CLASSES)
 
 
 def scene(block: Block, stride: tuple[int, int], shape: tuple[int, int], margin: int = 3):
