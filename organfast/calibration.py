@@ -6,7 +6,7 @@ classifier was not trained on; what is fitted on balanced blocks holds for balan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from organfast.errors import is_whole
 
 __all__ = [
+    "FITS",
     "Calibration",
     "Isotonic",
     "Reliability",
@@ -230,6 +231,10 @@ def _means(sums: Floats, counts: NDArray[np.int64]) -> Floats:
 class Calibration(Protocol):
     """What brings probabilities to how often they are right."""
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the classes of a row stay in the order of their probabilities."""
+
     def apply(self, probabilities: Probabilities, out: Probabilities) -> None:
         """Write calibrated rows that add up to 1.
 
@@ -265,9 +270,14 @@ class Temperature:
     temperature: float
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.temperature, (int, float))
+        is_number = type(self.temperature) in (int, float)
         if not (is_number and 1 / _MAX_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE):
             raise ValueError(f"temperature is {self.temperature!r}; give a number from 0.01 to 100")
+
+    @property
+    def keeps_order(self) -> bool:
+        """It does."""
+        return True
 
     def apply(self, probabilities: Probabilities, out: Probabilities) -> None:
         """Write calibrated rows; see :class:`Calibration`."""
@@ -313,6 +323,11 @@ class Isotonic:
             raise ValueError("a curve falls or leaves 0..1; fit it with fit_isotonic")
         curves.flags.writeable = False
         object.__setattr__(self, "curves", curves)
+
+    @property
+    def keeps_order(self) -> bool:
+        """It does not."""
+        return False
 
     def apply(self, probabilities: Probabilities, out: Probabilities) -> None:
         """Write calibrated rows; see :class:`Calibration`."""
@@ -427,6 +442,13 @@ def fit_isotonic(probabilities: Probabilities, labels: NDArray[np.integer[Any]])
         if is_it.any():
             curve[:] = _rising(probabilities[:, label].astype(np.float64), is_it, knots)
     return Isotonic(curves.astype(np.float32))
+
+
+FITS: Mapping[str, Callable[..., Temperature | Isotonic]] = {
+    "temperature": fit_temperature,
+    "isotonic": fit_isotonic,
+}
+"""Kind of a calibration -> how it is fitted, to (n, n_classes) probabilities and (n,) labels."""
 
 
 def _rising(p: Floats, is_it: NDArray[np.bool_], knots: Floats) -> Floats:

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +82,13 @@ Device = Annotated[
     str, typer.Option(help="Where a network runs: auto, cpu or gpu. Forests run on the CPU.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads; results do not depend on it.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="How confidence is brought to how often it is right, on the patients who validate: "
+        "temperature, isotonic or none."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 
 
@@ -261,6 +268,7 @@ def train(
     device: Device = "auto",
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="extra_trees or random_forest.")] = "extra_trees",
+    calibration: Calibration = "temperature",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -300,6 +308,7 @@ def train(
         seed=seed,
         sampling=Sampling(nuisance=nuisance, guide=None if guide is None else load_model(guide)),
         augmentation=Augmentation(copies=augment) if augment else None,
+        calibration=None if calibration == "none" else calibration,
         max_memory_gb=None if max_memory is None else _gigabytes("--max-memory", max_memory),
     )
     check_file_target(out)
@@ -413,6 +422,56 @@ def locate(
         print(organs_json(result.organs), end="")
         return
     _organ_table(result.organs.values())
+
+
+@app.command()
+def calibrate(
+    dataset: Annotated[Path, typer.Argument(help="Folder of labelled scans.")],
+    model: ModelFile,
+    out: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    kind: Annotated[
+        str, typer.Option(help="temperature (one number) or isotonic (a curve for each class).")
+    ] = "temperature",
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks per class and case to fit to.")] = 500,
+    layout: Layout = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the blocks.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model's confidence to how often it is right, on patients that it does not know.
+
+    All such patients of the dataset are used, but those that the model keeps to be tested on.
+    """
+    from organfast.layouts import find_cases
+    from organfast.models.classifier import load_model, save_model
+    from organfast.recalibration import calibrated
+    from organfast.results import check_file_target
+
+    check_file_target(out)
+    found = calibrated(
+        load_model(model), find_cases(dataset, layout), kind, n_per_class=blocks, seed=seed
+    )
+    save_model(found.model, out)
+    before, after = found.calibration_error
+    if as_json:
+        _json(
+            {
+                "model": str(out),
+                "digest": found.model.digest,
+                "patients": list(found.patients),
+                "calibration_error": {"before": before, "left_out": after},
+                "calibration": _described(found.model)["calibration"],
+            }
+        )
+        return
+    n = len(found.patients)
+    print(f"{_calibration_text(found.model)}, fitted to {n} patient{'s' if n > 1 else ''}")
+    left_out = (
+        f"{after:.1%} after, each patient by a calibration fitted to the others"
+        if after is not None
+        else "after: not known, for a single patient leaves nobody to test on"
+    )
+    print(f"confidence off by {before:.1%} before, {left_out}")
+    print(f"wrote {out}")
 
 
 @app.command()
@@ -1084,6 +1143,7 @@ def _described(model: Model) -> dict[str, Any]:
         "trained on": list(model.training["cases"]),
         "examples": model.training["n_examples"],
         "scores": scores,
+        "calibration": None if model.calibration is None else model.calibration.to_dict()["kind"],
         "versions": dict(model.versions),
     }
 
@@ -1099,7 +1159,24 @@ def _describe(model: Model) -> None:
         print(
             f"{use}: {score['n_patients']} patients, {score['n_blocks']} blocks: "
             f"{score['block_accuracy']:.1%} right, organs {score['block_accuracy_organs']:.1%}"
+            + _calibration_error(score)
         )
+    print(f"calibration: {_calibration_text(model)}")
+
+
+def _calibration_error(score: Mapping[str, Any]) -> str:
+    error = score.get("calibration_error")
+    return "" if error is None else f", confidence off by {error:.1%}"
+
+
+def _calibration_text(model: Model) -> str:
+    from organfast.calibration import Temperature
+
+    if model.calibration is None:
+        return "none; confidence is the classifier's own (organfast calibrate)"
+    if isinstance(model.calibration, Temperature):
+        return f"temperature {model.calibration.temperature:.2f}"
+    return "isotonic, a curve for each class"
 
 
 def _described_dataset(dataset: Dataset) -> dict[str, Any]:

@@ -30,24 +30,16 @@ from numpy.typing import NDArray
 from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_on
-from organfast.calibration import (
-    Isotonic,
-    Temperature,
-    brier_score,
-    fit_isotonic,
-    fit_temperature,
-    log_loss,
-    reliability,
-)
+from organfast.calibration import brier_score, log_loss, reliability
 from organfast.errors import InputError, is_whole
 from organfast.layouts import Case, Dataset, case_labels, dataset_classes, find_cases
-from organfast.learning import Recipe, case_digests, train
+from organfast.learning import Recipe, case_digests, probabilities_at, train
 from organfast.metrics import SCORES, confidence_histogram, confusion, score_labels
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.pipeline import Settings, segment
 from organfast.progress import Progress, silent
 from organfast.results import too_large
-from organfast.sampling import Split, labelled_scan, sample_positions, slabs_at
+from organfast.sampling import Split, labelled_scan, sample_positions
 from organfast.scorebook import BlockAnswers, CaseScores, Evaluation, Failure, evaluation_csv
 from organfast.statistics import patient_folds
 
@@ -56,7 +48,6 @@ __all__ = [
     "block_answers",
     "cross_validate",
     "evaluate",
-    "fit_calibration",
     "read_folds",
     "save_evaluation",
 ]
@@ -541,63 +532,7 @@ def block_answers(
     positions, labels = sample_positions(
         scan.labels, dict.fromkeys(range(n_classes), n_per_class), (seed, of_name)
     )
-    probabilities = np.empty((len(labels), n_classes), np.float32)
-    for rows, slab, local in slabs_at(scan.grid_volume, model.pattern, positions):
-        part = np.empty((len(rows), n_classes), np.float32)
-        model.classifier.probabilities(slab, local, part)
-        probabilities[rows] = part
-    return labels, probabilities
-
-
-def fit_calibration(
-    model: Model,
-    dataset: Dataset,
-    patients: Iterable[str],
-    kind: Literal["temperature", "isotonic"] = "temperature",
-    n_per_class: int = 200,
-    seed: int = 0,
-) -> Temperature | Isotonic:
-    """Fit a calibration to balanced blocks of patients that the model has not learned from.
-
-    Parameters
-    ----------
-    model : Model
-        Whose probabilities are to be set right.
-    dataset : Dataset
-        Of ``find_cases``.
-    patients : iterable of str
-        Held-out patients.
-    kind : {"temperature", "isotonic"}
-        One number for all classes, or a curve for each.
-    n_per_class : int
-        Most blocks of each class and case.
-    seed : int
-        Of the blocks.
-
-    Raises
-    ------
-    InputError
-        A case cannot be used.
-    ValueError
-        The kind is unknown, there is nobody to fit to, or one of the patients trained the model.
-    """
-    if kind not in ("temperature", "isotonic"):
-        raise ValueError(f"calibration {kind!r} is unknown; use temperature or isotonic")
-    wanted = set(patients)
-    cases = [case for case in dataset.cases if case.patient in wanted]
-    if not cases:
-        raise ValueError("there is no case to calibrate on; name patients of the dataset")
-    known = {digests.get("image") for digests in model.training["cases"].values()}
-    for case in cases:
-        if case_digests(case)["image"] in known:
-            raise ValueError(
-                f"the model was trained on {case.name}, where it is surer than elsewhere; "
-                "calibrate on held-out patients"
-            )
-    answers = [block_answers(model, case, n_per_class, seed) for case in cases]
-    labels, probabilities = (np.concatenate(parts) for parts in zip(*answers, strict=True))
-    fit = fit_temperature if kind == "temperature" else fit_isotonic
-    return fit(probabilities, labels)
+    return labels, probabilities_at(model, scan.grid_volume, positions)
 
 
 # --- what is kept ---------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from organfast.blockfiles import classes_in
 from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
 from organfast.blocks import Block, Context, pattern_on
 from organfast.body import body_mask
+from organfast.calibration import FITS, reliability
 from organfast.errors import is_whole
-from organfast.grid import BlockGrid, ModelGrid
+from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.layouts import (
     Case,
     Dataset,
@@ -57,7 +58,7 @@ from organfast.sampling import (
 )
 from organfast.workers import Workers
 
-__all__ = ["Recipe", "Sampling", "case_digests", "train"]
+__all__ = ["Recipe", "Sampling", "case_digests", "probabilities_at", "train"]
 
 NATIVE_STRIDE = (1, 4, 4)
 WORKING_STRIDE = (2, 3, 3)
@@ -175,6 +176,10 @@ class Recipe:
     augmentation : Augmentation or None
         Each case is drawn from as it is, and as often in each of so many altered copies: with 2
         copies there are three times as many positions.
+    calibration : {"temperature", "isotonic"} or None
+        How the probabilities are brought to how often they are right, fitted to balanced blocks of
+        the patients who validate; None leaves them as the classifier gives them, as does a split
+        in which nobody validates. A model of blocks that were cut out is not calibrated.
     max_memory_gb : float or None
         Most memory that what is learned from may take, GiB; None is half of the machine's.
 
@@ -194,6 +199,7 @@ class Recipe:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     augmentation: Augmentation | None = None
+    calibration: str | None = "temperature"
     max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -201,6 +207,10 @@ class Recipe:
             number = getattr(self, name)
             if not (is_whole(number, 1) or (number is None and name == "context_factor")):
                 raise ValueError(f"{name} is {number!r}; give a whole number from 1")
+        if self.calibration is not None and self.calibration not in FITS:
+            raise ValueError(
+                f"calibration {self.calibration!r} is unknown; use {', '.join(FITS)}, or None"
+            )
         if self.max_memory_gb is not None and not self.max_memory_gb > 0:
             raise ValueError(f"max_memory_gb is {self.max_memory_gb!r}; give GiB above 0, or None")
 
@@ -365,12 +375,16 @@ def train(
         training=record,
         scores={},
     )
-    scores = {
-        use: _block_scores(model, dataset, patients, (recipe, fine), progress)
-        for use, patients in (("validation", split.validation), ("test", split.test))
-        if patients
-    }
-    return replace(model, scores={use: score for use, score in scores.items() if score["n_blocks"]})
+    scores: dict[str, Any] = {}
+    for use, patients in (("validation", split.validation), ("test", split.test)):
+        found, truth = _held_out_answers(model, dataset, patients, (recipe, fine), progress)
+        if not len(truth):
+            continue
+        scores[use] = _block_scores(found, truth, model.classes) | {"n_patients": len(patients)}
+        if use == "validation" and recipe.calibration is not None:
+            # Fitted before the test patients are asked, and to nobody else.
+            model = replace(model, calibration=FITS[recipe.calibration](found, truth))
+    return replace(model, scores=scores)
 
 
 def _stride(recipe: Recipe) -> tuple[int, int, int]:
@@ -607,7 +621,9 @@ def _hardness(
     )
     hardness = np.empty(volume.shape, np.float32)
     with Workers(threads) as workers:
-        slices = SliceClassifier(volume, guide.classifier, guide.pattern, blocks, workers)
+        slices = SliceClassifier(
+            volume, guide.classifier, guide.pattern, blocks, workers, guide.calibration
+        )
         for n, found in probability_slabs(slices, body_mask(volume, blocks), workers):
             for voxel_slice in np.flatnonzero(k == n):
                 true = np.minimum(fine.merged(scan.labels[voxel_slice]), len(fine.classes) - 1)
@@ -627,38 +643,67 @@ def _stacked(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     return stacked
 
 
-def _block_scores(
+def probabilities_at(
+    model: Model, volume: GridVolume, positions: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """What a model says at positions, each by itself: (n, n_classes), calibrated if the model is.
+
+    Parameters
+    ----------
+    model : Model
+        Asked.
+    volume : GridVolume
+        On the model's grid.
+    positions : (n, 3) int32
+        (k, i, j) in the volume.
+    """
+    found = np.empty((len(positions), len(model.classes)), np.float32)
+    for rows, slab, local in slabs_at(volume, model.pattern, positions):
+        part = np.empty((len(rows), found.shape[1]), np.float32)
+        model.classifier.probabilities(slab, local, part)
+        found[rows] = part
+    if model.calibration is not None:
+        model.calibration.apply(found, found)
+    return found
+
+
+def _held_out_answers(
     model: Model,
     dataset: Dataset,
     patients: Sequence[str],
     source: tuple[Recipe, _Fine],
     progress: Progress,
-) -> dict[str, Any]:
-    """Share of balanced blocks of held-out patients that the model gets right."""
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Probabilities of balanced blocks of held-out patients, and what the blocks are."""
     recipe, fine = source
     cases = [case for case in dataset.cases if case.patient in patients]
-    n_classes = len(model.classes)
-    balanced = dict.fromkeys(range(n_classes), recipe.n_per_class)
-    counts = np.zeros((n_classes, n_classes), np.int64)
+    balanced = dict.fromkeys(range(len(model.classes)), recipe.n_per_class)
+    found = [np.empty((0, len(model.classes)), np.float32)]
+    truths = [np.empty(0, np.int64)]
     for number, case in enumerate(cases):
         progress("scoring held-out patients", number, len(cases))
         scan = labelled_scan(case, model.classes, model.grid, fine.nuisance)
         positions, truth = sample_positions(
             fine.merged(scan.labels), balanced, (recipe.seed, number)
         )
-        found = np.empty((len(truth), n_classes), np.float32)
-        for rows, slab, local in slabs_at(scan.grid_volume, model.pattern, positions):
-            part = np.empty((len(rows), n_classes), np.float32)
-            model.classifier.probabilities(slab, local, part)
-            found[rows] = part
-        counts += confusion(truth, found.argmax(axis=1), n_classes)
-    progress("scoring held-out patients", len(cases), len(cases))
-    organs = list(model.classes.organs)
+        found.append(probabilities_at(model, scan.grid_volume, positions))
+        truths.append(truth)
+    if cases:
+        progress("scoring held-out patients", len(cases), len(cases))
+    return np.concatenate(found), np.concatenate(truths)
+
+
+def _block_scores(
+    found: NDArray[np.float32], truth: NDArray[np.int64], classes: ClassTable
+) -> dict[str, Any]:
+    """How many blocks are named right, and how far the confidence in them is from that."""
+    counts = confusion(truth, found.argmax(axis=1), len(classes))
+    organs = list(classes.organs)
     return {
-        "n_patients": len(patients),
-        "n_blocks": int(counts.sum()),
+        "n_blocks": len(truth),
         "block_accuracy": accuracy(counts),
         "block_accuracy_organs": float(counts[organs, organs].sum() / max(counts[organs].sum(), 1)),
+        "calibration_error": reliability(found, truth).expected_error,
         "confusion": counts.tolist(),
     }
 

@@ -398,7 +398,12 @@ class _Flow:
     def slices(self, workers: Workers) -> SliceClassifier:
         """The classifier on this scan."""
         return SliceClassifier(
-            self.grid_volume, self.model.classifier, self.model.pattern, self.block_grid, workers
+            self.grid_volume,
+            self.model.classifier,
+            self.model.pattern,
+            self.block_grid,
+            workers,
+            self.model.calibration,
         )
 
     def slabs(
@@ -475,6 +480,11 @@ def _check_labels_alone(settings: Settings, model: Model) -> None:
         )
     if not hasattr(model.classifier, "labels"):
         raise ValueError("this model's classifier gives no labels alone; leave the confidence on")
+    if model.calibration is not None and not model.calibration.keeps_order:
+        raise ValueError(
+            "this model's calibration may change which class is the most probable, so labels alone "
+            "need its probabilities; leave the confidence on"
+        )
 
 
 def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:

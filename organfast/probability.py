@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.calibration import Calibration
 from organfast.grid import BlockGrid, GridVolume, Pattern
 from organfast.kernels.enlarge import (
     blend_slices,
@@ -301,6 +302,8 @@ class SliceClassifier:
         Positions on ``grid_volume``.
     workers : Workers
         Threads that make levels.
+    calibration : Calibration, optional
+        Brings the probabilities to how often they are right.
 
     Raises
     ------
@@ -315,6 +318,7 @@ class SliceClassifier:
         pattern: Pattern,
         block_grid: BlockGrid,
         workers: Workers,
+        calibration: Calibration | None = None,
     ) -> None:
         if block_grid.volume_shape != grid_volume.shape:
             raise ValueError(
@@ -324,7 +328,7 @@ class SliceClassifier:
         self.shape = block_grid.shape
         self.n_classes = classifier.n_classes
         self._volume, self._pattern, self._classifier = grid_volume, pattern, classifier
-        self._workers = workers
+        self._workers, self._calibration = workers, calibration
         self._centres_k, centres_i, centres_j = block_grid.centres
         reach_k, reach_i, reach_j = pattern.reach
         self._positions = np.empty((*block_grid.shape[1:], 3), np.int32)
@@ -377,6 +381,12 @@ class SliceClassifier:
         (m, n_classes) float32
             In the order of ``positions[inside]``.
         """
+        found = self._answered(n, inside)
+        if self._calibration is not None:
+            self._calibration.apply(found, found)
+        return found
+
+    def _answered(self, n: int, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
         if hasattr(self._classifier, "grid_probabilities") and inside.mean() > _WHOLE_GRID_FROM:
             grid = np.empty((*inside.shape, self.n_classes), np.float32)
             self._classifier.grid_probabilities(self._levels(n), self._first, self._stride, grid)
@@ -391,6 +401,7 @@ class SliceClassifier:
         """Most probable classes at positions of a slice; of equally probable ones the lowest.
 
         For a classifier that has a ``labels`` of its own, as a forest: it need not count all trees.
+        No calibration is asked: one that keeps the order of the classes changes nothing.
 
         Parameters
         ----------

@@ -17,7 +17,7 @@ import pytest
 from organfast import evaluation as flow
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block
-from organfast.calibration import Isotonic, Temperature, log_loss, reliability
+from organfast.calibration import reliability
 from organfast.cli import run
 from organfast.errors import InputError
 from organfast.evaluation import (
@@ -25,7 +25,6 @@ from organfast.evaluation import (
     block_answers,
     cross_validate,
     evaluate,
-    fit_calibration,
     read_folds,
     save_evaluation,
 )
@@ -327,28 +326,6 @@ def test_blocks_are_balanced_and_their_answers_the_classifier_s(
     np.testing.assert_allclose(
         together.brier, np.average([part.brier for part in parts], weights=weights)
     )
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("temperature", Temperature), ("isotonic", Isotonic)]
-)
-def test_calibration_is_fitted_to_held_out_patients(
-    kind: Any, expected: type, model: Model, dataset: Dataset
-) -> None:
-    unseen = sorted(set(dataset.patients) - set(model.training["cases"]))
-    found = fit_calibration(model, dataset, unseen, kind, 100)
-    assert isinstance(found, expected)
-    case = next(case for case in dataset.cases if case.patient == unseen[0])
-    labels, before = block_answers(model, case, 100)
-    after = np.empty_like(before)
-    found.apply(before, after)
-    assert log_loss(after, labels) < log_loss(before, labels)
-    with pytest.raises(ValueError, match="the model was trained on"):
-        fit_calibration(model, dataset, dataset.patients)
-    with pytest.raises(ValueError, match="no case to calibrate on"):
-        fit_calibration(model, dataset, [])
-    with pytest.raises(ValueError, match="use temperature or isotonic"):
-        fit_calibration(model, dataset, unseen, "magic")  # type: ignore[arg-type]
 
 
 # --- what cases say together ----------------------------------------------------------------------

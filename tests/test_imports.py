@@ -45,6 +45,7 @@ COLUMNS = [
         "verification",
         "doctor",
         "evaluation",
+        "recalibration",
     ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],

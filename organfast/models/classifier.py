@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
+from organfast.calibration import Isotonic, Temperature, calibration_from_dict
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
@@ -105,6 +106,8 @@ class Model:
         ``block_accuracy``, ``block_accuracy_organs`` and others.
     versions : mapping of str to str
         Library versions that made the model; by default those that are installed.
+    calibration : Temperature, Isotonic or None
+        What brings the classifier's probabilities to how often they are right.
 
     Raises
     ------
@@ -120,6 +123,7 @@ class Model:
     training: Mapping[str, Any] = field(default_factory=lambda: dict(_NO_RECORD))
     scores: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    calibration: Temperature | Isotonic | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
@@ -138,6 +142,7 @@ class Model:
             raise ValueError(f"stride is {self.stride}; give three numbers from 1 to {MAX_STRIDE}")
         k, i, j = self.stride
         object.__setattr__(self, "stride", (int(k), int(i), int(j)))
+        calibration_from_dict(self._header["calibration"], len(self.classes))
         _check_header(self._header)
 
     @property
@@ -163,7 +168,7 @@ class Model:
             "training": self.training,
             "scores": self.scores,
             "versions": self.versions,
-            "calibration": None,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "presets": None,
         }
         if self.network is not None:
@@ -252,6 +257,7 @@ def load_model(path: StrPath) -> Model:
             classes=classes,
             pattern=pattern,
             grid=grid,
+            calibration=calibration_from_dict(header["calibration"], len(classes)),
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -396,7 +402,7 @@ _SHAPE: dict[Any, Any] = {
         }
     },
     "versions": {str: str},
-    "calibration": None,
+    "calibration": ({"kind": str, str: object}, None),
     "presets": None,
 }
 
