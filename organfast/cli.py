@@ -23,6 +23,7 @@ from organfast.errors import InputError
 
 if TYPE_CHECKING:
     from organfast.anatomy import ClassTable
+    from organfast.certificate import Certificate
     from organfast.layouts import Dataset
     from organfast.models.classifier import Model
     from organfast.networklearning import NetworkRecipe
@@ -481,20 +482,42 @@ def verify(
     coarse_to_fine: CoarseToFine = False,
     margin: Margin = None,
     stride: Stride = None,
+    voxels: Annotated[
+        int, typer.Option(min=1, help="Of the certificate: voxels to recompute.")
+    ] = 200,
+    stride_one: Annotated[
+        bool, typer.Option(help="Of the certificate: segment at stride 1, too, and compare.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the certificate: which voxels.")] = 0,
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a shortcut changes: a scan segmented with it and without it, compared.
+    """Certify that the fast way says what the slow way says; or tell what a shortcut changes.
 
-    The shortcut is --coarse-to-fine, a --stride, or both; without it, the model's own stride is
-    used and every position is asked.
+    The certificate recomputes voxels of the scan from copied blocks, with none of the code that
+    segments, and counts the labels that stride 1 would change. It fails, with exit code 1, where a
+    label is another.
+
+    With --coarse-to-fine, a --stride, or both, the scan is segmented with that shortcut and without
+    it, at the model's own stride with every position asked, and the two are compared.
     """
+    from organfast.certificate import certify
     from organfast.pipeline import Settings
     from organfast.verification import verify as compare
 
     refine = _refine(coarse_to_fine, margin)
     if refine is None and stride is None:
-        raise ValueError("there is no shortcut to verify; give --coarse-to-fine or --stride")
+        with _progress() as progress:
+            certificate = certify(
+                scan, model, voxels, seed, stride_one=stride_one, threads=threads, progress=progress
+            )
+        if as_json:
+            _json(certificate.to_dict())
+        else:
+            _certified(certificate)
+        if certificate.flipped_voxels:
+            raise typer.Exit(EXIT_INPUT)
+        return
     settings = Settings(stride=_stride(stride), refine=refine)
     with _progress() as progress:
         found = compare(scan, model, settings, threads=threads, progress=progress)
@@ -1065,7 +1088,18 @@ def _organ_table(organs: Iterable[Organ]) -> None:
     _table(("organ", "volume ml", "confidence", "centre x y z mm (RAS)", "cut off at"), rows)
 
 
-def _verified(found: Verification) -> None:
+def _certified(found: Certificate) -> None:
+    print(f"{found.n_voxels} voxels recomputed the slow way, from {found.n_positions} positions:")
+    print(f"  largest difference of a probability  {found.largest_difference:.2g}")
+    print(f"  positions of another class           {found.flipped_positions}")
+    print(f"  voxels of another label              {found.flipped_voxels}")
+    if found.stride_one is not None:
+        stride = ",".join(map(str, found.stride))
+        print(f"\nstride 1 instead of the model's {stride}:")
+        _verified(found.stride_one, ("this stride", "stride 1"))
+
+
+def _verified(found: Verification, names: tuple[str, str] = ("full grid", "shortcut")) -> None:
     rows = [
         (
             organ.name,
@@ -1075,7 +1109,8 @@ def _verified(found: Verification) -> None:
         )
         for organ in found.agreement.organs
     ]
-    _table(("organ", "Dice", "centre moved by mm", "full grid ml", "shortcut ml"), rows)
+    columns = ("organ", "Dice", "centre moved by mm", *(f"{name} ml" for name in names))
+    _table(columns, rows)
     everywhere, in_organs = found.agreement.differing, found.agreement.differing_in_organs
     full, short = found.seconds
     print(f"labels that differ: {_percent(everywhere)} of all voxels,")

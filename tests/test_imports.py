@@ -34,7 +34,7 @@ COLUMNS = [
         "models.network",
         "models.training",
     ],
-    ["probability", "refinement"],
+    ["probability", "refinement", "recomputation"],
     ["segmentation", "organs", "metrics", "overlay", "scorebook"],
     [
         "results",
@@ -46,6 +46,7 @@ COLUMNS = [
         "doctor",
         "evaluation",
         "recalibration",
+        "certificate",
     ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
