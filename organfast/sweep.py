@@ -243,7 +243,7 @@ def model_curve(
     if not cases:
         raise InputError(
             dataset.folder,
-            "has only patients that the model has learned from, on whom it is better than on others",
+            "has only patients that the model has learned from, who say nothing of new ones",
             "give labelled scans of others, or learn anew: organfast evaluate DATASET --folds 5 "
             "--curve",
         )
