@@ -597,15 +597,11 @@ def evaluate(
     from organfast.models.classifier import load_model
     from organfast.models.forest import ForestSettings
     from organfast.scorebook import compare
+    from organfast.sweep import model_curve
 
-    ways = {"--model": model, "--folds": folds, "--leave-one-out": leave_one_out or None}
-    chosen = [flag for flag, value in ways.items() if value is not None]
-    if len(chosen) > 1 or not (chosen or split) or (split and chosen not in ([], ["--model"])):
-        given = " and ".join([*chosen, *(["--split"] if split else [])]) or "none of them"
-        raise ValueError(
-            f"give one of --model, --folds, --leave-one-out and --split, not {given}; "
-            "--split goes with --model, too"
-        )
+    _check_ways(
+        {"--model": model, "--folds": folds, "--leave-one-out": leave_one_out or None}, split
+    )
     if against is not None and model is None:
         raise ValueError("--against compares with a model; give --model as well")
     if levels is not None and block_size is None and not curve:
@@ -636,16 +632,13 @@ def evaluate(
             evaluation = judged(model)
             other = None if against is None else judged(against)
             if curve:
-                from organfast.sweep import model_curve
-
                 loaded = _on_device(load_model(model), device)
                 swept = model_curve(
                     loaded, found, sweep, tested, out, threads=threads, progress=progress
                 )
         else:
             network = _network(learn, architecture, steps, False, seed, (None, None, device))
-            if spacing is None:
-                spacing = "1.5,1.5,3" if network is None else "3,3,3"
+            spacing = spacing or ("1.5,1.5,3" if network is None else "3,3,3")
             spacing_mm = None if spacing == "native" else _three_lengths(spacing)
             recipe = Recipe(
                 grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
@@ -678,12 +671,7 @@ def evaluate(
             )
     if swept is not None:
         evaluation = replace(evaluation, curve=swept.curve)
-        if swept.left_out:
-            _complain(f"note: left out of the curve, trained on: {', '.join(swept.left_out)}")
-        if store and model is not None:
-            from organfast.sweep import store_presets
-
-            store_presets(model, swept.curve)
+        _stored(swept, model if store else None)
     if out is not None:
         save_evaluation(evaluation, out)
         if other is not None:
@@ -691,11 +679,7 @@ def evaluate(
     compared = None if other is None else compare(evaluation, other)
     _evaluated(evaluation, other, compared, as_json=as_json)
     if swept is not None and not as_json:
-        _told_curve(swept.curve)
-        if store:
-            print(f"\nwrote the curve and its presets into {model}")
-        if out is not None:
-            print(f"drawn in {out / 'curve.png'}")
+        _told_curve(swept.curve, model if store else None, out)
     failed = [f for e in (evaluation, other, swept) if e is not None for f in e.failures]
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED if evaluation.cases else EXIT_INPUT)
@@ -884,7 +868,7 @@ def _on_device(model: Model, device: str) -> Model:
     return replace(model, classifier=replace(model.classifier, device=device))
 
 
-def _refine(coarse_to_fine: bool, margin: float | None) -> Refine | None:
+def _refine(coarse_to_fine: bool | None, margin: float | None) -> Refine | None:
     from organfast.refinement import Refine
 
     if not coarse_to_fine:
@@ -984,6 +968,17 @@ def _with_shortcuts(
     )
 
 
+def _check_ways(ways: dict[str, Any], split: Path | None) -> None:
+    """One way to come by a model, and only one."""
+    chosen = [flag for flag, value in ways.items() if value is not None]
+    if len(chosen) > 1 or not (chosen or split) or (split and chosen not in ([], ["--model"])):
+        given = " and ".join([*chosen, *(["--split"] if split else [])]) or "none of them"
+        raise ValueError(
+            f"give one of --model, --folds, --leave-one-out and --split, not {given}; "
+            "--split goes with --model, too"
+        )
+
+
 def _check_curve(
     curve: bool,
     model: Path | None,
@@ -1046,6 +1041,16 @@ def _learned_curve(
         recipe, SIZES if sizes is None else _integers("--sizes", sizes), levels, limits
     )
     return learned_curve(dataset, ways, folds, sweep, folder, threads=threads, progress=progress)
+
+
+def _stored(swept: Swept, model: Path | None) -> None:
+    """Say whom a curve lacks, and write it into a model's file where it is to be stored."""
+    from organfast.sweep import store_presets
+
+    if swept.left_out:
+        _complain(f"note: left out of the curve, trained on: {', '.join(swept.left_out)}")
+    if model is not None:
+        store_presets(model, swept.curve)
 
 
 @contextmanager
@@ -1275,7 +1280,7 @@ def _evaluated(
         _table(*comparison_rows(compared, level))
 
 
-def _told_curve(curve: Curve) -> None:
+def _told_curve(curve: Curve, stored: Path | None, out: Path | None) -> None:
     from organfast.curve import curve_rows, smallest_rows
 
     print(
@@ -1288,6 +1293,10 @@ def _told_curve(curve: Curve) -> None:
         print("\nThe smallest block that still recognises each organ: it loses at most 0.05 Dice")
         print("against the best size and, from 3 patients on, at most 0.10 by a 95 % interval.\n")
         _table(*smallest_rows(curve))
+    if stored is not None:
+        print(f"\nwrote the curve and its presets into {stored}")
+    if out is not None:
+        print(f"\ndrawn in {out / 'curve.png'}")
 
 
 def _percent(share: float | None) -> str:

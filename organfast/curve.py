@@ -254,6 +254,7 @@ class Smallest:
         are_sizes = isinstance(self.by_size, Mapping) and all(is_whole(s, 1) for s in self.by_size)
         if (
             not are_sizes
+            or not is_whole(self.block_size)
             or self.block_size not in self.by_size
             or not is_whole(self.n_patients, 1)
             or not all(_is_number(x, 0, 1) for x in (self.value, *self.by_size.values()))
