@@ -244,6 +244,8 @@ class Forest:
         """
         if not is_whole(n_trees, 1) or n_trees > self.n_trees:
             raise ValueError(f"trees is {n_trees!r}; the forest has 1 to {self.n_trees} to give")
+        if n_trees == self.n_trees:
+            return self
         starts = self.tree_starts[: n_trees + 1]
         return Forest(
             self.nodes[: starts[-1]], starts, self.leaf_table, self.offsets, self.n_classes
