@@ -107,6 +107,7 @@ def _draw_points(axes: Axes, curve: Curve) -> None:
             ha="right" if is_right else "left",
             size=10,
             color=colour,
+            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5},
             **_TEXT,
         )
     ticks = _log_ticks(low / room, high * room)
