@@ -365,7 +365,7 @@ def test_the_command_measures_stores_and_segments(
         f"organfast: {model}: the model has no presets; measure them: organfast evaluate DATASET "
         "-m MODEL --curve --store\n"
     )
-    quick = ["--strides", "4,9", "--slice-steps", "1", "--tree-counts", "2", "--blocks", "0"]
+    quick = ["--strides", "9", "--slice-steps", "1", "--tree-counts", "2", "--blocks", "0"]
     command = ["evaluate", str(cohort_folder), "-m", str(model), "--curve", *quick]
     assert run([*command, "--store", "-o", str(out)]) == 0
     shown, told = capsys.readouterr()
@@ -401,16 +401,19 @@ def test_the_command_learns_a_curve(
     split.write_text('{"train": ["phantom_000"], "test": ["phantom_001"]}')
     quick = ["--spacing", "8,8,8", "--trees", "2", "--n-per-class", "20", "--blocks", "0"]
     command = ["evaluate", str(cohort_folder), "--split", str(split), "--curve", *quick]
-    assert run([*command, "--sizes", "3,9", "--levels", "1;1,3", "--depths", "3,none"]) == 0
+    command += ["--sizes", "1,5", "--levels", "1;1,3", "--depths", "3,none"]
+    assert run([*command, "--strides", "2", "--tree-counts", "2", "-o", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "smallest block that still recognises each organ" in shown
-    assert "at 3  at 9" in shown
-    assert run([*command, "--sizes", "3,9", "--levels", "1", "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)["curve"]
+    assert "at 1  at 5" in shown
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())["curve"]
     assert content["model"] is None
-    names = {point["settings"]["pattern"]["kind"] for point in content["points"]}
-    assert names == {"block", "context"}
-    assert content["smallest"]["lung_right"]["block_size"] in (3, 9)
+    names = {point["name"].split(", stride")[0] for point in content["points"]}
+    blocks = {f"block {size}{levels}" for size in (1, 5) for levels in ("", ", levels 1+3")}
+    assert names == {name + depth for name in (*blocks, "context") for depth in ("", ", depth 3")}
+    depths = {point["settings"]["max_depth"] for point in content["points"]}
+    assert depths == {None, 3}
+    assert content["smallest"]["lung_right"]["block_size"] in (1, 5)
 
 
 @pytest.mark.parametrize(
