@@ -401,7 +401,7 @@ def test_the_command_learns_a_curve(
     split.write_text('{"train": ["phantom_000"], "test": ["phantom_001"]}')
     quick = ["--spacing", "8,8,8", "--trees", "2", "--n-per-class", "20", "--blocks", "0"]
     command = ["evaluate", str(cohort_folder), "--split", str(split), "--curve", *quick]
-    command += ["--sizes", "1,5", "--levels", "1;1,3", "--depths", "3,none"]
+    command += ["--sizes", "1,5", "--levels", "1", "--depths", "3,none"]
     assert run([*command, "--strides", "2", "--tree-counts", "2", "-o", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "smallest block that still recognises each organ" in shown
@@ -409,8 +409,8 @@ def test_the_command_learns_a_curve(
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())["curve"]
     assert content["model"] is None
     names = {point["name"].split(", stride")[0] for point in content["points"]}
-    blocks = {f"block {size}{levels}" for size in (1, 5) for levels in ("", ", levels 1+3")}
-    assert names == {name + depth for name in (*blocks, "context") for depth in ("", ", depth 3")}
+    ways = ("block 1", "block 5", "context")
+    assert names == {way + depth for way in ways for depth in ("", ", depth 3")}
     depths = {point["settings"]["max_depth"] for point in content["points"]}
     assert depths == {None, 3}
     assert content["smallest"]["lung_right"]["block_size"] in (1, 5)
