@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from organfast.errors import InputError
 if TYPE_CHECKING:
     from organfast.anatomy import ClassTable
     from organfast.certificate import Certificate
+    from organfast.curve import Curve
+    from organfast.evaluation import Folds
     from organfast.layouts import Dataset
+    from organfast.learning import Recipe
     from organfast.models.classifier import Model
     from organfast.networklearning import NetworkRecipe
     from organfast.organs import Organ
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from organfast.sampling import Split
     from organfast.scorebook import Evaluation
     from organfast.statistics import PairedComparison
+    from organfast.sweep import Sweep, Swept
     from organfast.verification import Verification
 
 EXIT_INPUT, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
@@ -62,9 +67,9 @@ Stride = Annotated[
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
 ]
 CoarseToFine = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--coarse-to-fine",
+        "--coarse-to-fine/--full-grid",
         help="Ask at every second position first, then only where that leaves a doubt; "
         "`organfast verify` tells what it changes.",
     ),
@@ -73,6 +78,17 @@ Margin = Annotated[
     float | None,
     typer.Option(
         min=0, help="With --coarse-to-fine: doubt where the best class leads by less than this."
+    ),
+]
+Trees = Annotated[
+    int | None,
+    typer.Option(min=1, help="Ask so many of a forest's trees, the first ones. Default: all."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="fast, balanced or accurate: stride, coarse to fine and trees as measured by "
+        "`organfast evaluate --curve --store`; options given besides go before."
     ),
 ]
 Layout = Annotated[
@@ -341,6 +357,7 @@ def segment(
         str | None, typer.Option(help="Organs to keep, parted by commas. Default: all.")
     ] = None,
     stride: Stride = None,
+    preset: Preset = None,
     keep: Annotated[
         str, typer.Option(help="Components of an organ to keep: largest, dust (all but), none.")
     ] = "largest",
@@ -352,8 +369,9 @@ def segment(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write a full-size map per organ kept.")
     ] = False,
-    coarse_to_fine: CoarseToFine = False,
+    coarse_to_fine: CoarseToFine = None,
     margin: Margin = None,
+    trees: Trees = None,
     labels_only: Annotated[
         bool,
         typer.Option(
@@ -382,15 +400,15 @@ def segment(
         loaded.classes.index(name)
     kept = wanted if probabilities else ()
     settings = Settings(
-        stride=_stride(stride),
         organs=names,
         cleaning=Cleaning(keep=keep, fill_holes=fill_holes),  # type: ignore[arg-type]  # checked
         body_mask=body_mask,
         keep_context=context,
         probabilities=kept,
-        refine=_refine(coarse_to_fine, margin),
         confidence=not labels_only,
     )
+    asked = (_stride(stride), coarse_to_fine, _refine(coarse_to_fine, margin), trees)
+    settings = _with_shortcuts(settings, asked, preset, (model, loaded))
 
     def save(result: Result, target: Path) -> None:
         result.save(target, preview=preview, probabilities=kept)
@@ -405,18 +423,22 @@ def locate(
     scan: Annotated[Path, typer.Option("-i", "--input", help="A scan (.nii, .nii.gz).")],
     model: ModelFile,
     stride: Stride = None,
+    preset: Preset = None,
+    trees: Trees = None,
     device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Say where each organ is, from half as many positions as segmenting asks for."""
+    """Say where each organ is, from half as many positions as segmenting, or by a preset."""
     from organfast.models.classifier import load_model
     from organfast.organs import organs_json
     from organfast.pipeline import Settings, half_as_dense
     from organfast.pipeline import segment as find
 
     loaded = _on_device(load_model(model), device)
-    settings = half_as_dense(Settings(stride=_stride(stride)), loaded)
+    asked = (_stride(stride), None, None, trees)
+    settings = _with_shortcuts(Settings(), asked, preset, (model, loaded))
+    settings = half_as_dense(settings, loaded)
     result = find(scan, loaded, settings, threads=threads)
     _warn(scan, result.warnings)
     if as_json:
@@ -553,8 +575,8 @@ def evaluate(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for evaluation.json, evaluation.csv, and what a run that was stopped "
-            "goes on from.",
+            help="Folder for evaluation.json, evaluation.csv, curve.csv and curve.png, and what a "
+            "run that was stopped goes on from.",
         ),
     ] = None,
     against: Annotated[
@@ -568,7 +590,44 @@ def evaluate(
         int | None, typer.Option(help="Folds learn from blocks of this side, not from context.")
     ] = None,
     levels: Annotated[
-        str | None, typer.Option(help="Widths of the box averages a block is read from.")
+        str | None,
+        typer.Option(
+            help="Widths of the box averages a block is read from; with --curve several such "
+            "lists, 1;1,3,9."
+        ),
+    ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="Accuracy against throughput, too: with -m of settings to ask the model with, "
+            "else of block sizes and of context, learned anew.",
+        ),
+    ] = False,
+    store: Annotated[
+        bool,
+        typer.Option(
+            "--store", help="With -m and --curve: write the curve and its presets into the model."
+        ),
+    ] = False,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="With --curve, of folds: block sizes. Default: 9,17,33,49,63,97."),
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(help="With --curve, of folds: depths of the trees, such as 8,none."),
+    ] = None,
+    strides: Annotated[
+        str | None,
+        typer.Option(help="With --curve: strides in the slice. Default: around the model's own."),
+    ] = None,
+    slice_steps: Annotated[
+        str | None,
+        typer.Option(help="With --curve: slices between positions. Default: own and twice that."),
+    ] = None,
+    tree_counts: Annotated[
+        str | None, typer.Option(help="With --curve: trees of the forest that are asked.")
     ] = None,
     spacing: Annotated[
         str | None,
@@ -582,9 +641,17 @@ def evaluate(
     ] = "default",
     layout: Layout = "auto",
     n_per_class: Annotated[
-        int, typer.Option(min=1, help="Blocks per class and patient that folds learn from.")
-    ] = 1000,
-    trees: Annotated[int, typer.Option(min=1, help="Trees of the folds' forests.")] = 100,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Blocks per class and patient that folds learn from. Default: 1000, or 200 with "
+            "--curve.",
+        ),
+    ] = None,
+    trees: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trees of the folds' forests. Default: 100, or 40 with --curve."),
+    ] = None,
     learn: Annotated[str, typer.Option(help="What folds learn: forest or cnn.")] = "forest",
     architecture: Annotated[str, typer.Option(help="Of a cnn, as for train.")] = "towers",
     steps: Annotated[int | None, typer.Option(min=1, help="Of a cnn, as for train.")] = None,
@@ -612,24 +679,29 @@ def evaluate(
     from organfast.models.classifier import load_model
     from organfast.models.forest import ForestSettings
     from organfast.scorebook import compare
+    from organfast.sweep import model_curve
 
-    ways = {"--model": model, "--folds": folds, "--leave-one-out": leave_one_out or None}
-    chosen = [flag for flag, value in ways.items() if value is not None]
-    if len(chosen) > 1 or not (chosen or split) or (split and chosen not in ([], ["--model"])):
-        given = " and ".join([*chosen, *(["--split"] if split else [])]) or "none of them"
-        raise ValueError(
-            f"give one of --model, --folds, --leave-one-out and --split, not {given}; "
-            "--split goes with --model, too"
-        )
+    _check_ways(
+        {"--model": model, "--folds": folds, "--leave-one-out": leave_one_out or None}, split
+    )
     if against is not None and model is None:
         raise ValueError("--against compares with a model; give --model as well")
-    if levels is not None and block_size is None:
+    if levels is not None and block_size is None and not curve:
         raise ValueError("--levels is about a block; give --block-size as well")
+    _check_curve(
+        curve,
+        model,
+        {"--store": store or None},
+        {"--sizes": sizes, "--depths": depths},
+        {"--strides": strides, "--slice-steps": slice_steps, "--tree-counts": tree_counts},
+    )
+    sweep = _sweep(strides, slice_steps, tree_counts, seed, is_learned=model is None)
     found = find_cases(dataset, layout)
     scoring = Scoring(tolerance_mm=tolerance, n_blocks=blocks, seed=seed)
     splits = None if split is None else read_folds(split, found)
     other = None
-    with _progress() as progress:
+    swept: Swept | None = None
+    with _progress() as progress, _kept(out, curve and model is None) as folder:
         if model is not None:
             tested = None if splits is None else {p for s in splits for p in s.test}
 
@@ -641,38 +713,56 @@ def evaluate(
 
             evaluation = judged(model)
             other = None if against is None else judged(against)
+            if curve:
+                loaded = _on_device(load_model(model), device)
+                swept = model_curve(
+                    loaded, found, sweep, tested, out, threads=threads, progress=progress
+                )
         else:
             network = _network(learn, architecture, steps, False, seed, (None, None, device))
-            if spacing is None:
-                spacing = "1.5,1.5,3" if network is None else "3,3,3"
+            spacing = spacing or ("1.5,1.5,3" if network is None else "3,3,3")
             spacing_mm = None if spacing == "native" else _three_lengths(spacing)
             recipe = Recipe(
                 grid=ModelGrid(spacing_mm, "piecewise" if spacing_mm else "identity"),
-                n_per_class=n_per_class,
-                forest=ForestSettings(n_trees=trees, seed=seed),
+                n_per_class=n_per_class or (200 if curve else 1000),
+                forest=ForestSettings(n_trees=trees or (40 if curve else 100), seed=seed),
                 network=network,
                 classes=_classes(classes, found),
                 seed=seed,
             )
-            widths = _integers("--levels", "1" if levels is None else levels)
-            pattern = None if block_size is None else Block(block_size, levels=widths)
+            dealt: Folds = splits or folds or "leave-one-out"
+            sets = [_integers("--levels", part) for part in (levels or "1").split(";")]
+            pattern = None if block_size is None else Block(block_size, levels=sets[0])
+            if curve:
+                swept = _learned_curve(
+                    (found, recipe, dealt, sweep),
+                    (sizes, None if levels is None else sets, depths),
+                    folder,
+                    threads=threads,
+                    progress=progress,
+                )
             evaluation = cross_validate(
                 found,
                 pattern,
                 recipe,
-                splits or folds or "leave-one-out",
+                dealt,
                 scoring,
-                out,
+                folder,
                 threads=threads,
                 progress=progress,
             )
+    if swept is not None:
+        evaluation = replace(evaluation, curve=swept.curve)
+        _stored(swept, model if store else None)
     if out is not None:
         save_evaluation(evaluation, out)
         if other is not None:
             save_evaluation(other, out / "against")
     compared = None if other is None else compare(evaluation, other)
     _evaluated(evaluation, other, compared, as_json=as_json)
-    failed = [f for e in (evaluation, other) if e is not None for f in e.failures]
+    if swept is not None and not as_json:
+        _told_curve(swept.curve, model if store else None, out)
+    failed = [f for e in (evaluation, other, swept) if e is not None for f in e.failures]
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED if evaluation.cases else EXIT_INPUT)
 
@@ -860,7 +950,7 @@ def _on_device(model: Model, device: str) -> Model:
     return replace(model, classifier=replace(model.classifier, device=device))
 
 
-def _refine(coarse_to_fine: bool, margin: float | None) -> Refine | None:
+def _refine(coarse_to_fine: bool | None, margin: float | None) -> Refine | None:
     from organfast.refinement import Refine
 
     if not coarse_to_fine:
@@ -928,6 +1018,131 @@ def _targets(scans: list[Path], out: Path) -> dict[Path, Path]:
         if around is not None:
             raise ValueError(f"the result {target} would lie in that of {source_of[around]}")
     return {path: target for target, path in source_of.items()}
+
+
+def _with_shortcuts(
+    settings: Settings,
+    asked: tuple[int | tuple[int, int, int] | None, bool | None, Refine | None, int | None],
+    preset: str | None,
+    source: tuple[Path, Model],
+) -> Settings:
+    """Settings of a preset, if one is wanted, and over it what was asked for one by one."""
+    from organfast.curve import LOSSES
+    from organfast.pipeline import Settings
+
+    stride, coarse_to_fine, refine, trees = asked
+    path, model = source
+    base = settings
+    if preset is not None:
+        if preset not in LOSSES:
+            raise ValueError(f"--preset {preset} is unknown; use {', '.join(LOSSES)}")
+        try:
+            base = Settings.of_preset(model, preset)
+        except ValueError as error:
+            problem, _, remedy = str(error).partition("; ")
+            raise InputError(path, problem, remedy) from None
+    return replace(
+        settings,
+        stride=base.stride if stride is None else stride,
+        refine=base.refine if coarse_to_fine is None else refine,
+        trees=base.trees if trees is None else trees,
+        preset=preset,
+    )
+
+
+def _check_ways(ways: dict[str, Any], split: Path | None) -> None:
+    """One way to come by a model, and only one."""
+    chosen = [flag for flag, value in ways.items() if value is not None]
+    if len(chosen) > 1 or not (chosen or split) or (split and chosen not in ([], ["--model"])):
+        given = " and ".join([*chosen, *(["--split"] if split else [])]) or "none of them"
+        raise ValueError(
+            f"give one of --model, --folds, --leave-one-out and --split, not {given}; "
+            "--split goes with --model, too"
+        )
+
+
+def _check_curve(
+    curve: bool,
+    model: Path | None,
+    stored: dict[str, Any],
+    learned: dict[str, Any],
+    either: dict[str, Any],
+) -> None:
+    """Refuse flags that say nothing without others."""
+    for flag, value in {**stored, **learned, **either}.items():
+        if value is None:
+            continue
+        if not curve:
+            raise ValueError(f"{flag} is about a curve; give --curve as well")
+        if flag in stored and model is None:
+            raise ValueError(f"{flag} is about a model; give --model as well")
+        if flag in learned and model is not None:
+            raise ValueError(f"{flag} is about what is learned; leave it, or give --folds")
+
+
+def _sweep(
+    strides: str | None,
+    slice_steps: str | None,
+    tree_counts: str | None,
+    seed: int,
+    *,
+    is_learned: bool,
+) -> Sweep | None:
+    """Settings to try; None leaves them to the curve."""
+    from organfast.sweep import Sweep
+
+    given = {"strides": strides, "slice_steps": slice_steps, "trees": tree_counts}
+    flags = {"strides": "--strides", "slice_steps": "--slice-steps", "trees": "--tree-counts"}
+    numbers: dict[str, Any] = {
+        name: None if text is None else _integers(flags[name], text) for name, text in given.items()
+    }
+    if not is_learned:
+        return Sweep(**numbers, seed=seed)
+    if not any(given.values()):
+        return None
+    return Sweep(**numbers, margins=(None,), seed=seed)
+
+
+def _learned_curve(
+    task: tuple[Dataset, Recipe, Folds, Sweep | None],
+    compared: tuple[str | None, list[tuple[int, ...]] | None, str | None],
+    folder: Path | None,
+    *,
+    threads: int,
+    progress: Progress,
+) -> Swept:
+    from organfast.sweep import SIZES, learned_curve, ways_to_learn
+
+    dataset, recipe, folds, sweep = task
+    sizes, levels, depths = compared
+    try:
+        limits = [None if d == "none" else int(d) for d in (depths or "none").split(",")]
+    except ValueError:
+        raise ValueError(f"--depths {depths} is no list of depths; give such as 8,none") from None
+    ways = ways_to_learn(
+        recipe, SIZES if sizes is None else _integers("--sizes", sizes), levels, limits
+    )
+    return learned_curve(dataset, ways, folds, sweep, folder, threads=threads, progress=progress)
+
+
+def _stored(swept: Swept, model: Path | None) -> None:
+    """Say whom a curve lacks, and write it into a model's file where it is to be stored."""
+    from organfast.sweep import store_presets
+
+    if swept.left_out:
+        _complain(f"note: left out of the curve, trained on: {', '.join(swept.left_out)}")
+    if model is not None:
+        store_presets(model, swept.curve)
+
+
+@contextmanager
+def _kept(out: Path | None, is_needed: bool) -> Iterator[Path | None]:
+    """The folder that a run goes on from, or one for the run alone, so that none learns twice."""
+    if out is not None or not is_needed:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="organfast-") as folder:
+        yield Path(folder)
 
 
 # --- segmenting many ------------------------------------------------------------------------------
@@ -1157,6 +1372,25 @@ def _evaluated(
     if compared is not None:
         print("\nDice of the other model less this one's:\n")
         _table(*comparison_rows(compared, level))
+
+
+def _told_curve(curve: Curve, stored: Path | None, out: Path | None) -> None:
+    from organfast.curve import curve_rows, smallest_rows
+
+    print(
+        f"\nAccuracy against throughput: {curve.n_patients} patients, {curve.n_cases} cases, "
+        f"{len(curve.points)} points timed {curve.n_timings} times each, {curve.threads} threads."
+    )
+    print("The front, and presets; of every other point one of these is as fast and as good.\n")
+    _table(*curve_rows(curve))
+    if curve.smallest:
+        print("\nThe smallest block that still recognises each organ: it loses at most 0.05 Dice")
+        print("against the best size and, from 3 patients on, at most 0.10 by a 95 % interval.\n")
+        _table(*smallest_rows(curve))
+    if stored is not None:
+        print(f"\nwrote the curve and its presets into {stored}")
+    if out is not None:
+        print(f"\ndrawn in {out / 'curve.png'}")
 
 
 def _percent(share: float | None) -> str:

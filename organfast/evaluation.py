@@ -19,7 +19,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,6 +31,7 @@ from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_on
 from organfast.calibration import brier_score, log_loss, reliability
+from organfast.curve import curve_csv
 from organfast.errors import InputError, is_whole
 from organfast.layouts import Case, Dataset, case_labels, dataset_classes, find_cases
 from organfast.learning import Recipe, case_digests, probabilities_at, train
@@ -44,10 +45,13 @@ from organfast.scorebook import BlockAnswers, CaseScores, Evaluation, Failure, e
 from organfast.statistics import patient_folds
 
 __all__ = [
+    "FoldModels",
     "Scoring",
+    "Shelf",
     "block_answers",
     "cross_validate",
     "evaluate",
+    "fold_models",
     "read_folds",
     "save_evaluation",
 ]
@@ -165,7 +169,7 @@ def evaluate(
     if unknown:
         raise ValueError(f"patient {min(unknown)} is not in {dataset.folder}")
     cases = [case for case in dataset.cases if case.patient in wanted]
-    shelf = _Shelf.of(folder)
+    shelf = Shelf.of(folder)
     run = _Run(scoring, shelf, threads, progress, len(cases))
     run.score(cases, _Given(model), None)
     return run.evaluation(model.classes, {"model": model.digest})
@@ -218,8 +222,105 @@ def cross_validate(
     ValueError
         The folds or the recipe do not fit the dataset.
     """
+    dataset, scoring = _scans(dataset), scoring or Scoring()
+    pattern, recipe = _way(dataset, pattern, recipe or Recipe())
+    splits = _splits(dataset, folds, recipe.seed)
+    tested = [[case for case in dataset.cases if case.patient in s.test] for s in splits]
+    shelf = Shelf.of(folder)
+    run = _Run(scoring, shelf, threads, progress, sum(map(len, tested)))
+    how = {"pattern": pattern.to_dict(), "recipe": _fingerprint(recipe)}
+    for fold, (split, cases) in enumerate(zip(splits, tested, strict=True)):
+        # Training is not told whom it is tested on: it would score blocks of them, too.
+        untested = replace(recipe, split=Split(split.train, split.validation))
+        run.score(cases, _Learned(dataset, pattern, untested, run), fold)
+    record = {
+        **how,
+        "folds": [{use: list(names) for use, names in asdict(s).items()} for s in splits],
+    }
+    assert recipe.classes is not None
+    return run.evaluation(recipe.classes, record)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldModels:
+    """A fold, and what learns the models that are tested in it.
+
+    Parameters
+    ----------
+    split : Split
+        Whom they learn from, and whom they are tested on.
+    cases : tuple of Case
+        Of the tested patients.
+    learners : tuple of callable
+        One for each way to learn: called without arguments it gives the model, of the shelf where
+        it is there.
+    """
+
+    split: Split
+    cases: tuple[Case, ...]
+    learners: tuple[Callable[[], Model], ...]
+
+
+def fold_models(
+    dataset: Dataset,
+    ways: Sequence[tuple[Block | Context | None, Recipe]],
+    folds: Folds,
+    shelf: Shelf,
+    *,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> tuple[FoldModels, ...]:
+    """Folds of several ways to learn: the models of :func:`cross_validate`, to be asked otherwise.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        What ``find_cases`` returned.
+    ways : sequence of (Block, Context or None, Recipe)
+        As for :func:`cross_validate`; the first one's seed deals out the folds.
+    folds : int, "leave-one-out" or sequence of Split
+        As for :func:`cross_validate`.
+    shelf : Shelf
+        Where models are kept.
+    threads : int
+        Threads; the models do not depend on them.
+    progress : callable, optional
+        Called with (what, done, total) while a model is learned.
+
+    Raises
+    ------
+    InputError
+        The dataset cannot be used.
+    ValueError
+        The folds or a recipe do not fit the dataset.
+    """
     dataset = _scans(dataset)
-    recipe, scoring = recipe or Recipe(), scoring or Scoring()
+    full = [_way(dataset, pattern, recipe) for pattern, recipe in ways]
+    splits = _splits(dataset, folds, full[0][1].seed)
+    run = _Run(Scoring(), shelf, threads, progress, 0)
+    return tuple(
+        FoldModels(
+            split,
+            tuple(case for case in dataset.cases if case.patient in split.test),
+            tuple(partial(_learned, dataset, way, split, run) for way in full),
+        )
+        for split in splits
+    )
+
+
+def _learned(
+    dataset: Dataset, way: tuple[Block | Context, Recipe], split: Split, run: _Run
+) -> Model:
+    """A fold's model, which nothing here keeps in memory."""
+    pattern, recipe = way
+    untested = replace(recipe, split=Split(split.train, split.validation))
+    return _Learned(dataset, pattern, untested, run).model()
+
+
+def _way(
+    dataset: Dataset, pattern: Block | Context | None, recipe: Recipe
+) -> tuple[Block | Context, Recipe]:
+    """A way to learn, with all that it leaves to the dataset filled in."""
     if recipe.network is None:
         pattern = pattern_on(recipe.grid, pattern)
     else:
@@ -234,21 +335,7 @@ def cross_validate(
         recipe = replace(recipe, network=replace(recipe.network, outputs=None))
     # One table for all folds, whatever the patients that train in one of them lack.
     classes = recipe.classes or dataset_classes(dataset)
-    recipe = replace(recipe, classes=classes, split=None)
-    splits = _splits(dataset, folds, recipe.seed)
-    tested = [[case for case in dataset.cases if case.patient in s.test] for s in splits]
-    shelf = _Shelf.of(folder)
-    run = _Run(scoring, shelf, threads, progress, sum(map(len, tested)))
-    how = {"pattern": pattern.to_dict(), "recipe": _fingerprint(recipe)}
-    for fold, (split, cases) in enumerate(zip(splits, tested, strict=True)):
-        # Training is not told whom it is tested on: it would score blocks of them, too.
-        untested = replace(recipe, split=Split(split.train, split.validation))
-        run.score(cases, _Learned(dataset, pattern, untested, run), fold)
-    record = {
-        **how,
-        "folds": [{use: list(names) for use, names in asdict(s).items()} for s in splits],
-    }
-    return run.evaluation(classes, record)
+    return pattern, replace(recipe, classes=classes, split=None)
 
 
 def _scans(dataset: StrPath | Dataset) -> Dataset:
@@ -384,7 +471,7 @@ class _Run:
     """Cases scored so far, and those that could not be."""
 
     scoring: Scoring
-    shelf: _Shelf
+    shelf: Shelf
     threads: int
     progress: Progress
     n_cases: int
@@ -539,22 +626,29 @@ def block_answers(
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """A folder of finished cases and models, each found by all that it depends on; or none."""
+class Shelf:
+    """A folder of finished cases and models, each found by all that it depends on; or none.
+
+    Parameters
+    ----------
+    folder : Path or None
+        Of :meth:`of`, which makes it; without one nothing is kept.
+    """
 
     folder: Path | None
 
     @staticmethod
-    def of(folder: StrPath | None) -> _Shelf:
+    def of(folder: StrPath | None) -> Shelf:
+        """A shelf in a folder, made where it does not exist; InputError if it cannot be."""
         if folder is None:
-            return _Shelf(None)
+            return Shelf(None)
         folder = Path(folder)
         try:
             for name in ("cases", "models"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from None
-        return _Shelf(folder)
+        return Shelf(folder)
 
     def case(self, name: str, key: Mapping[str, Any]) -> CaseScores | None:
         """The scores of a case; None where they are not there whole."""
@@ -568,9 +662,31 @@ class _Shelf:
             return None  # damaged: the case is scored again
 
     def keep(self, name: str, key: Mapping[str, Any], scores: CaseScores) -> None:
+        """Keep the scores of a case."""
         path = self._path("cases", name, key, ".json")
         if path is not None:
             _write(path, _json({"key": key, "scores": scores.to_dict()}))
+
+    def entry(self, kind: str, name: str, key: Mapping[str, Any]) -> Any:
+        """What :meth:`keep_entry` kept of a kind; None where it is not there whole."""
+        path = self._path(kind, name, key, ".json")
+        if path is None or not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content["entry"] if content["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # damaged: it is made again
+
+    def keep_entry(self, kind: str, name: str, key: Mapping[str, Any], entry: Any) -> None:
+        """Keep what is for JSON in a folder of its kind."""
+        path = self._path(kind, name, key, ".json")
+        if path is not None:
+            try:
+                path.parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise _unwritable(path.parent, error) from None
+            _write(path, _json({"key": key, "entry": entry}))
 
     def model(self, key: Mapping[str, Any], learn: Callable[[], Model]) -> Model:
         """The model of a fold; learned, and kept, where it is not there."""
@@ -594,6 +710,8 @@ class _Shelf:
 def save_evaluation(evaluation: Evaluation, folder: StrPath) -> None:
     """Write ``evaluation.json`` and ``evaluation.csv``, each whole or not at all.
 
+    Where there is a curve, ``curve.csv`` and ``curve.png`` as well.
+
     Parameters
     ----------
     evaluation : Evaluation
@@ -613,6 +731,12 @@ def save_evaluation(evaluation: Evaluation, folder: StrPath) -> None:
         raise _unwritable(folder, error) from None
     _write(folder / "evaluation.json", _json(evaluation.to_dict()))
     _write(folder / "evaluation.csv", evaluation_csv(evaluation))
+    if evaluation.curve is not None:
+        from organfast.curvefigure import curve_figure
+        from organfast.overlay import save_png
+
+        _write(folder / "curve.csv", curve_csv(evaluation.curve))
+        save_png(curve_figure(evaluation.curve), folder / "curve.png")
 
 
 def _write(path: Path, text: str) -> None:

@@ -32,9 +32,11 @@ from numpy.typing import NDArray
 from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.body import body_mask
+from organfast.curve import LOSSES
 from organfast.errors import InputError, is_whole
 from organfast.grid import BlockGrid, GridVolume
-from organfast.models.classifier import Model, load_model
+from organfast.models.classifier import Classifier, Model, load_model
+from organfast.models.forest import Forest
 from organfast.nifti import Scan, as_scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
@@ -87,11 +89,16 @@ class Settings:
         (unless two classes are as probable to seven digits), sooner. Only on a scan's own pixels,
         at stride 1 and where nothing else needs probabilities; an organ is then present by its
         volume alone.
+    trees : int or None
+        Ask so many of the forest's trees, the first ones: sooner, and a little less accurate. None
+        asks all.
+    preset : str or None
+        Which preset of the model these settings are, for the record; :meth:`of_preset` says it.
 
     Raises
     ------
     ValueError
-        The stride is not made of whole numbers from 1, one name stands where a tuple belongs,
+        The stride or the trees are not whole numbers from 1, one name stands where a tuple belongs,
         ``refine`` is something else, or labels alone are asked for together with what needs
         probabilities.
     """
@@ -104,6 +111,8 @@ class Settings:
     probabilities: tuple[str, ...] = ()
     refine: Refine | None = None
     confidence: bool = True
+    trees: int | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         strides = self.stride if isinstance(self.stride, (tuple, list)) else (self.stride,) * 3
@@ -118,11 +127,48 @@ class Settings:
             names = getattr(self, name)
             if isinstance(names, str):
                 raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
+        if self.trees is not None and not is_whole(self.trees, 1):
+            raise ValueError(f"trees is {self.trees!r}; give a whole number from 1, or None")
         if not isinstance(self.refine, (Refine, type(None))):
             raise ValueError(f"refine is {self.refine!r}; give Refine(), or None")
         if not self.confidence and (self.probabilities or self.refine):
             wish = "probability maps" if self.probabilities else "coarse to fine"
             raise ValueError(f"labels alone leave no probabilities for {wish}; give up one of them")
+
+    @staticmethod
+    def of_preset(model: Model, name: str, settings: Settings | None = None) -> Settings:
+        """Settings with the stride, the coarse to fine and the trees of a preset of a model.
+
+        Parameters
+        ----------
+        model : Model
+            With a curve of its own, as ``organfast evaluate --curve --store`` writes it.
+        name : {"fast", "balanced", "accurate"}
+            The fastest that lost at most 0.05, 0.01 or no mean Dice against the best.
+        settings : Settings, optional
+            Everything else.
+
+        Raises
+        ------
+        ValueError
+            There is no such preset, the model has none, or it has changed since they were measured.
+        """
+        if name not in LOSSES:
+            raise ValueError(f"preset {name!r} is unknown; use {', '.join(LOSSES)}")
+        again = "measure them: organfast evaluate DATASET -m MODEL --curve --store"
+        if model.presets is None:
+            raise ValueError(f"the model has no presets; {again}")
+        if model.presets.model != model.digest:
+            raise ValueError(f"the model has changed since its presets were measured; {again}")
+        point = model.presets.preset(name).settings
+        refine = None if point.margin is None else Refine(point.margin, point.disagreement)
+        return replace(
+            settings or Settings(),
+            stride=point.stride,
+            refine=refine,
+            trees=point.trees,
+            preset=name,
+        )
 
 
 # --- segmenting -----------------------------------------------------------------------------------
@@ -166,6 +212,7 @@ def segment(
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
     _check_labels_alone(settings, model)
+    _asked(model, settings)  # or say why not, before anything is read
     with Workers(threads) as workers:
         return _segment(_read(scan), model, settings, workers, progress)
 
@@ -216,6 +263,7 @@ def segment_many(
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
     _check_labels_alone(settings, model)
+    _asked(model, settings)  # or say why not, before anything is read
     with (
         Workers(threads) as workers,
         ThreadPoolExecutor(1, thread_name_prefix="organfast-read") as reader,
@@ -376,6 +424,7 @@ class _Flow:
     volume: Volume
     model: Model
     settings: Settings
+    classifier: Classifier
     grid_volume: GridVolume
     block_grid: BlockGrid
     mask: NDArray[np.bool_] | None
@@ -393,13 +442,23 @@ class _Flow:
         if mask is not None and not mask.any():
             warnings = (*warnings, "no body was found in this scan, so no organ was looked for")
         enlargement = Enlargement.to_scan(block_grid, grid_volume, volume.working.shape)
-        return _Flow(volume, model, settings, grid_volume, block_grid, mask, enlargement, warnings)
+        return _Flow(
+            volume,
+            model,
+            settings,
+            _asked(model, settings),
+            grid_volume,
+            block_grid,
+            mask,
+            enlargement,
+            warnings,
+        )
 
     def slices(self, workers: Workers) -> SliceClassifier:
         """The classifier on this scan."""
         return SliceClassifier(
             self.grid_volume,
-            self.model.classifier,
+            self.classifier,
             self.model.pattern,
             self.block_grid,
             workers,
@@ -485,6 +544,15 @@ def _check_labels_alone(settings: Settings, model: Model) -> None:
             "this model's calibration may change which class is the most probable, so labels alone "
             "need its probabilities; leave the confidence on"
         )
+
+
+def _asked(model: Model, settings: Settings) -> Classifier:
+    """The model's classifier, or the first trees of its forest."""
+    if settings.trees is None:
+        return model.classifier
+    if not isinstance(model.classifier, Forest):
+        raise ValueError("trees are of a forest, and the model is a network; leave them")
+    return model.classifier.first(settings.trees)
 
 
 def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.calibration import Reliability, reliability_of_histogram
+from organfast.curve import Curve
 from organfast.metrics import SCORES, block_scores, row_shares
 from organfast.statistics import PairedComparison, compare_paired, mean_intervals
 
@@ -222,6 +223,9 @@ class Evaluation:
     how : mapping
         What was evaluated, for JSON: the model or the folds, and how cases were scored
         (``tolerance_mm``, ``level``, ``n_resamples``, ``seed``).
+    curve : Curve or None
+        What accuracy costs, where that was asked for. Its speeds are the machine's, and differ from
+        run to run.
     """
 
     classes: tuple[str, ...]
@@ -229,6 +233,7 @@ class Evaluation:
     cases: tuple[CaseScores, ...]
     failures: tuple[Failure, ...]
     how: Mapping[str, Any]
+    curve: Curve | None = None
 
     @cached_property
     def patients(self) -> tuple[str, ...]:
@@ -350,6 +355,7 @@ class Evaluation:
             "presence": {organ: _presence(found) for organ, found in self.presence.items()},
             "confusion": self._confusion(),
             "calibration": self._calibration(),
+            "curve": None if self.curve is None else self.curve.to_dict(),
         }
 
     @staticmethod
@@ -370,6 +376,7 @@ class Evaluation:
                 cases=tuple(CaseScores.from_dict(case) for case in content["cases"]),
                 failures=tuple(Failure(f["case"], f["reason"]) for f in content["failures"]),
                 how=content["how"],
+                curve=None if content.get("curve") is None else Curve.from_dict(content["curve"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the evaluation is damaged ({error}); evaluate again") from None

@@ -190,7 +190,7 @@ def verify(
     """
     model = model if isinstance(model, Model) else load_model(model)
     shortcut = replace(settings, organs=None, keep_context=True)
-    without = replace(shortcut, stride=None, refine=None, confidence=True)
+    without = replace(shortcut, stride=None, refine=None, trees=None, confidence=True)
     full = _Side.of(segment(scan, model, without, threads=threads, progress=progress))
     result = segment(scan, model, shortcut, threads=threads, progress=progress)
     short = _Side.of(result)

@@ -197,6 +197,25 @@ def test_every_kind_of_forest(kind: str, limits) -> None:
     np.testing.assert_array_equal(found, expected(model, slab, pattern, positions))
 
 
+@pytest.mark.parametrize("n_trees", [1, 5, 12])
+@pytest.mark.parametrize("limits", [{}, {"min_samples_leaf": 9}])
+def test_the_first_trees_are_scikit_learn_s_first_estimators(n_trees: int, limits) -> None:
+    pattern, model = PATTERNS["scattered"], estimator("scattered", **limits)
+    forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)
+    positions = places(slab, pattern, 700)
+    part = copy.copy(model)
+    part.estimators_, part.n_estimators = model.estimators_[:n_trees], n_trees
+    first = forest.first(n_trees)
+    assert first.n_trees == n_trees
+    found = asked(first, slab, positions)
+    np.testing.assert_array_equal(found, expected(part, slab, pattern, positions))
+    np.testing.assert_array_equal(labelled(first, slab, positions)[0], found.argmax(axis=1))
+    assert np.shares_memory(first.nodes, forest.nodes)
+    for wrong in (0, 13, 2.5):
+        with pytest.raises(ValueError, match="the forest has 1 to 12 to give"):
+            forest.first(wrong)
+
+
 def test_neighbours_in_one_row_and_one_position_repeated(path: str) -> None:
     pattern, model = PATTERNS["block"], estimator("block")
     forest, slab = Forest.from_sklearn(model, pattern, N_CLASSES), room(pattern)

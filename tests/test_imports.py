@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
-    ["errors", "progress", "workers", "surfaces", "statistics", "calibration"],
+    ["errors", "progress", "workers", "surfaces", "statistics", "calibration", "curve"],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
@@ -35,7 +35,7 @@ COLUMNS = [
         "models.training",
     ],
     ["probability", "refinement", "recomputation"],
-    ["segmentation", "organs", "metrics", "overlay", "scorebook"],
+    ["segmentation", "organs", "metrics", "overlay", "curvefigure", "scorebook"],
     [
         "results",
         "blocklearning",
@@ -47,6 +47,7 @@ COLUMNS = [
         "evaluation",
         "recalibration",
         "certificate",
+        "sweep",
     ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],

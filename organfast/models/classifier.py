@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.calibration import Isotonic, Temperature, calibration_from_dict
+from organfast.curve import Curve
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
@@ -108,6 +109,9 @@ class Model:
         Library versions that made the model; by default those that are installed.
     calibration : Temperature, Isotonic or None
         What brings the classifier's probabilities to how often they are right.
+    presets : Curve or None
+        What this model's accuracy costs, measured on labelled scans, and the settings that were
+        chosen of it. Advice to who asks the model; no part of what it is, nor of its digest.
 
     Raises
     ------
@@ -124,6 +128,7 @@ class Model:
     scores: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Temperature | Isotonic | None = None
+    presets: Curve | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
@@ -143,6 +148,8 @@ class Model:
         k, i, j = self.stride
         object.__setattr__(self, "stride", (int(k), int(i), int(j)))
         calibration_from_dict(self._header["calibration"], len(self.classes))
+        if self.presets is not None:
+            _check_presets(self.presets, self.classifier)
         _check_header(self._header)
 
     @property
@@ -169,7 +176,7 @@ class Model:
             "scores": self.scores,
             "versions": self.versions,
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
-            "presets": None,
+            "presets": None if self.presets is None else self.presets.to_dict(),
         }
         if self.network is not None:
             header["network"] = self.network
@@ -181,8 +188,11 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the content, the same for a model and for its file loaded anywhere."""
-        content = hashlib.sha256(_text(self._header).encode())
+        """sha256 of the content but the presets, the same for a model and its file anywhere.
+
+        A model answers alike with presets and without; the settings of a run are recorded by it.
+        """
+        content = hashlib.sha256(_text({**self._header, "presets": None}).encode())
         for name, array in sorted(self.classifier.arrays().items()):
             content.update(f"{name} {array.dtype.name} {array.shape}".encode())
             content.update(array.tobytes())
@@ -258,6 +268,7 @@ def load_model(path: StrPath) -> Model:
             pattern=pattern,
             grid=grid,
             calibration=calibration_from_dict(header["calibration"], len(classes)),
+            presets=None if header["presets"] is None else Curve.from_dict(header["presets"]),
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -403,7 +414,7 @@ _SHAPE: dict[Any, Any] = {
     },
     "versions": {str: str},
     "calibration": ({"kind": str, str: object}, None),
-    "presets": None,
+    "presets": ({str: object}, None),
 }
 
 
@@ -422,6 +433,17 @@ def _check_header(header: dict[str, Any]) -> None:
     spacing = header["training"]["spacing_mm"]
     if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
         raise ValueError("training.spacing_mm is not three lengths")
+
+
+def _check_presets(presets: Curve, classifier: Forest | Cnn) -> None:
+    """Each point must be something that this model can be asked with."""
+    most = classifier.n_trees if isinstance(classifier, Forest) else 0
+    for point in presets.points:
+        if point.settings.pattern is not None or point.settings.max_depth is not None:
+            raise ValueError(f"the preset point {point.name!r:.80} is of a model yet to be learned")
+        trees = point.settings.trees
+        if trees is not None and trees > most:
+            raise ValueError(f"the preset point {point.name!r:.80} asks {trees} of {most} trees")
 
 
 def _fault(value: Any, shape: Any, where: str) -> str | None:

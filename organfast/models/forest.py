@@ -229,6 +229,28 @@ class Forest:
         nodes = {name: np.ascontiguousarray(self.nodes[name]) for name in NODE.names or ()}
         return {**nodes, "tree_starts": self.tree_starts, "leaf_table": self.leaf_table}
 
+    def first(self, n_trees: int) -> Forest:
+        """The forest of the first trees alone: a smaller forest, whose arrays are views of these.
+
+        Parameters
+        ----------
+        n_trees : int
+            How many of them.
+
+        Raises
+        ------
+        ValueError
+            There are not so many.
+        """
+        if not is_whole(n_trees, 1) or n_trees > self.n_trees:
+            raise ValueError(f"trees is {n_trees!r}; the forest has 1 to {self.n_trees} to give")
+        if n_trees == self.n_trees:
+            return self
+        starts = self.tree_starts[: n_trees + 1]
+        return Forest(
+            self.nodes[: starts[-1]], starts, self.leaf_table, self.offsets, self.n_classes
+        )
+
     @property
     def n_trees(self) -> int:
         """Trees."""
