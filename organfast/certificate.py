@@ -39,6 +39,9 @@ from organfast.workers import Workers
 
 __all__ = ["Certificate", "certify"]
 
+TIE = 1e-5
+"""Two classes whose probabilities differ by no more are as probable: rounding decides."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -56,6 +59,9 @@ class Certificate:
         Positions whose most probable class is another.
     flipped_voxels : int
         Voxels whose label is another.
+    tied : int
+        Positions and voxels that are of another class and no flip: the slow way's best class is as
+        probable to five digits.
     stride : (int, int, int)
         Columns, rows, slices between positions.
     stride_one : Verification or None
@@ -68,6 +74,7 @@ class Certificate:
     largest_difference: float
     flipped_positions: int
     flipped_voxels: int
+    tied: int
     stride: tuple[int, int, int]
     stride_one: Verification | None
 
@@ -142,6 +149,8 @@ def certify(
     slow[is_inside] = recomputed_probabilities(model, grid_volume, centres[is_inside])
     progress("recomputing", 1, 1)
     blended = (slow[place.reshape(weights.shape)] * weights[..., None]).sum(axis=1)
+    at_positions = _flips(slow, fast.argmax(axis=1))
+    at_voxels = _flips(blended, labels[tuple(voxels.T)].astype(np.int64))
     one = None
     if stride_one:
         at_one = Settings(stride=(1, 1, 1))
@@ -150,11 +159,19 @@ def certify(
         n_voxels=len(voxels),
         n_positions=int(is_inside.sum()),
         largest_difference=float(np.abs(slow - fast).max(initial=0)),
-        flipped_positions=int((slow.argmax(axis=1) != fast.argmax(axis=1)).sum()),
-        flipped_voxels=int((blended.argmax(axis=1) != labels[tuple(voxels.T)]).sum()),
+        flipped_positions=at_positions[0],
+        flipped_voxels=at_voxels[0],
+        tied=at_positions[1] + at_voxels[1],
         stride=model.stride[::-1],
         stride_one=one,
     )
+
+
+def _flips(slow: NDArray[np.float64], taken: NDArray[np.int64]) -> tuple[int, int]:
+    """How often the fast way took a class that is not the slow way's best, and how often a tie."""
+    behind = slow.max(axis=1, initial=0) - slow[np.arange(len(slow)), taken]
+    differs = slow.argmax(axis=1) != taken
+    return int((differs & (behind > TIE)).sum()), int((differs & (behind <= TIE)).sum())
 
 
 def _told(slabs: Iterable[Slab], total: int, progress: Progress) -> Iterator[Slab]:

@@ -1308,6 +1308,7 @@ def _certified(found: Certificate) -> None:
     print(f"  largest difference of a probability  {found.largest_difference:.2g}")
     print(f"  positions of another class           {found.flipped_positions}")
     print(f"  voxels of another label              {found.flipped_voxels}")
+    print(f"  of another, but as probable          {found.tied}")
     if found.stride_one is not None:
         stride = ",".join(map(str, found.stride))
         print(f"\nstride 1 instead of the model's {stride}:")
