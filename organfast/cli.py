@@ -548,6 +548,7 @@ def verify(
         _json(found.to_dict())
         return
     _verified(found)
+    _saved(found)
 
 
 @app.command()
@@ -1313,6 +1314,8 @@ def _certified(found: Certificate) -> None:
         stride = ",".join(map(str, found.stride))
         print(f"\nstride 1 instead of the model's {stride}:")
         _verified(found.stride_one, ("this stride", "stride 1"))
+        times, longer = found.stride_one.share_asked or 0, 1 / found.stride_one.time_ratio
+        print(f"stride 1 asks {times:.1f} times as many positions and takes {longer:.1f}x as long")
 
 
 def _verified(found: Verification, names: tuple[str, str] = ("full grid", "shortcut")) -> None:
@@ -1328,9 +1331,12 @@ def _verified(found: Verification, names: tuple[str, str] = ("full grid", "short
     columns = ("organ", "Dice", "centre moved by mm", *(f"{name} ml" for name in names))
     _table(columns, rows)
     everywhere, in_organs = found.agreement.differing, found.agreement.differing_in_organs
-    full, short = found.seconds
     print(f"labels that differ: {_percent(everywhere)} of all voxels,")
     print(f"  {_percent(in_organs)} of those that are an organ in either")
+
+
+def _saved(found: Verification) -> None:
+    full, short = found.seconds
     print(f"positions asked: {found.asked[1]} of {found.asked[0]}, {_percent(found.share_asked)}")
     print(f"classified in {short:.2f} s instead of {full:.2f} s: {found.time_ratio:.1f}x as fast")
 
