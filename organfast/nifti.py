@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import secrets
@@ -37,6 +38,7 @@ __all__ = [
     "Scan",
     "as_scan",
     "corners_apart_mm",
+    "encode_nifti",
     "file_digest",
     "from_nifti1image",
     "read_geometry",
@@ -106,17 +108,22 @@ class Geometry:
     @staticmethod
     def of_volume(volume: Volume) -> Geometry:
         """Geometry for a volume that comes from no NIfTI file: sform, and qform where it can."""
-        version = 1 if max(volume.hu.shape) <= _INT16.max else 2
+        return Geometry.of_grid(_three(volume.hu.shape), volume.affine)
+
+    @staticmethod
+    def of_grid(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Geometry:
+        """As :meth:`of_volume`, for voxels of any kind."""
+        version = 1 if max(shape) <= _INT16.max else 2
         header = _header_class(version)()
-        header.set_data_shape(volume.hu.shape)
-        lengths = np.linalg.norm(volume.affine[:3, :3], axis=0)
-        directions = volume.affine[:3, :3] / lengths
+        header.set_data_shape(shape)
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        directions = affine[:3, :3] / lengths
         header.set_xyzt_units("mm")
         header.set_zooms(lengths)
-        header.set_sform(volume.affine, 1)
+        header.set_sform(affine, 1)
         if np.allclose(directions.T @ directions, np.eye(3), atol=1e-6):
-            header.set_qform(volume.affine, 1)
-        return Geometry(_three(volume.hu.shape), volume.affine, version, _fields(header))
+            header.set_qform(affine, 1)
+        return Geometry(shape, affine, version, _fields(header))
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,6 +398,23 @@ def write_volume(path: StrPath, volume: Volume) -> None:
         The file cannot be written.
     """
     _write(path, volume.hu, Geometry.of_volume(volume), slope=1.0)
+
+
+def encode_nifti(voxels: NDArray[Any], affine: NDArray[np.float64]) -> bytes:
+    """The bytes of a ``.nii.gz``, in memory, as small as they quickly get.
+
+    Parameters
+    ----------
+    voxels : (n_a, n_b, n_c) uint8, uint16 or int16
+        Any memory order.
+    affine : (4, 4) float64
+        Index of ``voxels`` -> RAS+ mm.
+    """
+    buffer = io.BytesIO()
+    with gzip.GzipFile("", "wb", 6, buffer, mtime=0) as stream:
+        geometry = Geometry.of_grid(_three(voxels.shape), np.asarray(affine, np.float64))
+        _write_stream(stream, voxels, geometry, slope=1.0)
+    return buffer.getvalue()
 
 
 # --- the file and its errors ----------------------------------------------------------------------

@@ -17,7 +17,7 @@ COLUMNS = [
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
-    ["grid", "levels", "body"],
+    ["grid", "levels", "body", "display", "page"],
     ["blocks", "sampling", "augmentation"],
     [
         "models.architecture",
@@ -35,7 +35,8 @@ COLUMNS = [
         "models.training",
     ],
     ["probability", "refinement"],
-    ["segmentation", "organs", "metrics", "overlay", "scorebook"],
+    ["segmentation", "organs", "metrics", "overlay", "thumbnail", "charts"],
+    ["report", "evaluationreport", "scorebook"],
     [
         "results",
         "blocklearning",
@@ -45,6 +46,7 @@ COLUMNS = [
         "verification",
         "doctor",
         "evaluation",
+        "viewing",
     ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
