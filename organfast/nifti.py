@@ -43,6 +43,7 @@ __all__ = [
     "from_nifti1image",
     "read_geometry",
     "read_labels",
+    "read_probability",
     "read_scan",
     "read_volume",
     "write_labels",
@@ -232,6 +233,28 @@ def read_labels(path: StrPath) -> tuple[NDArray[Any], NDArray[np.float64]]:
     if labels.dtype == np.uint16 and high <= np.iinfo(np.uint8).max:
         labels = labels.astype(np.uint8)
     return labels, header.geometry.affine
+
+
+def read_probability(path: StrPath) -> NDArray[np.uint8]:
+    """Read a map that :func:`write_probability` wrote.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file of values from 0 to 1.
+
+    Returns
+    -------
+    (n_a, n_b, n_c) uint8
+        255 for certain; axes as stored.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_scan`, or a value is outside 0..1.
+    """
+    with _opened(path) as source:
+        return _read_voxels(source, _read_header(source), np.dtype(np.uint8), _accept_shares)[0]
 
 
 def read_geometry(path: StrPath) -> Geometry:
@@ -796,6 +819,12 @@ def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> 
         return values
     whole: NDArray[Any] = np.rint(values)
     return whole
+
+
+def _accept_shares(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    if not (low >= 0 and high <= 1 + 1e-6):
+        raise InputError(path, "holds values outside 0..1", "give a probability map of organfast")
+    return np.rint(values * 255).astype(np.uint8)
 
 
 def _accept_labels(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:

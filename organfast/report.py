@@ -232,7 +232,9 @@ def _organ_table(s: Segmented, shown: Display) -> str:
                 _swatch(s.classes, organ.label) + text(_readable(organ.name)),
                 "yes" if organ.present else '<span class="absent">no</span>',
                 _ml(organ.volume_ml) if organ.n_voxels else "–",
-                "–" if organ.confidence is None or not organ.n_voxels else f"{organ.confidence:.2f}",
+                "–"
+                if organ.confidence is None or not organ.n_voxels
+                else f"{organ.confidence:.2f}",
                 _place(organ),
                 _extent(organ),
                 text(", ".join(organ.cut_off) or "–"),
@@ -259,9 +261,13 @@ def _extent(organ: Organ) -> str:
 
 
 def _guide(s: Segmented, shown: Display) -> str:
-    source = "" if s.has_image else (
-        "<p><strong>The scan itself is not in this page</strong>: labels are shown alone. "
-        "<code>organfast view OUT -i SCAN</code> makes it with the scan.</p>"
+    source = (
+        ""
+        if s.has_image
+        else (
+            "<p><strong>The scan itself is not in this page</strong>: labels are shown alone. "
+            "<code>organfast view OUT -i SCAN</code> makes it with the scan.</p>"
+        )
     )
     return f"""{source}
 <p>Choose an organ: the crosshair goes to its centre and the others fade. Drag or touch to move the

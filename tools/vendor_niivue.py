@@ -17,9 +17,7 @@ import urllib.request
 from pathlib import Path
 
 VERSION = "0.69.0"
-INTEGRITY = (
-    "sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="
-)
+INTEGRITY = "sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="
 ADDRESS = f"https://registry.npmjs.org/@niivue/niivue/-/niivue-{VERSION}.tgz"
 # The one build that runs as a plain script, and the smallest.
 MEMBER = "package/dist/niivue.umd.js"
