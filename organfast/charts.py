@@ -203,8 +203,8 @@ def reliability_diagram(
         )
         tall = 42 * n / most
         parts.append(
-            f'<rect x="{x(c) - 7:.1f}" y="{base - tall:.1f}" width="14" height="{max(tall, 0.8):.1f}" '
-            f'fill="{_GREY}">{tip}</rect>'
+            f'<rect x="{x(c) - 7:.1f}" y="{base - tall:.1f}" width="14" fill="{_GREY}" '
+            f'height="{max(tall, 0.8):.1f}">{tip}</rect>'
         )
     parts.append(_line(left, base, x(1), base, _INK))
     parts.append(_text(x(0.5), y(0) + 35, "confidence", "middle", 13))
@@ -250,10 +250,10 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
         parts.append(f'<path d="M{path}" fill="none" stroke="{_ORANGE}" stroke-width="2"/>')
     taken = [(x(p.x) - 6, y(p.y) - 6, x(p.x) + 6, y(p.y) + 6) for p in points]
     for p in sorted(points, key=lambda p: not p.on_front):
-        colour = _ORANGE if p.on_front else "#fff"
+        fill, line = (_ORANGE, _ORANGE) if p.on_front else ("#fff", _BLUE)
         parts.append(
-            f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="5" fill="{colour}" stroke="{_ORANGE if p.on_front else _BLUE}" '
-            f'stroke-width="2"><title>{text(p.name)}: {p.x:.3g} scans a minute, {p.y:.3f}</title></circle>'
+            f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="5" fill="{fill}" stroke="{line}" '
+            f'stroke-width="2"><title>{text(p.name)}: {p.x:.3g}, {p.y:.3f}</title></circle>'
         )
         box = _room_for(p.name, x(p.x), y(p.y), taken, (left, 12, left + width, y(0)))
         if box is not None:

@@ -476,8 +476,8 @@ def evaluate(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for evaluation.json, evaluation.csv, report.html, and what a run that was stopped "
-            "goes on from.",
+            help="Folder for evaluation.json, evaluation.csv, report.html, and what a run that was "
+            "stopped goes on from.",
         ),
     ] = None,
     against: Annotated[

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what ``Evaluation.to_dict`` holds, as one page that needs no script."""
+"""The report of an evaluation: what ``Evaluation.to_dict`` holds, as a page without scripts."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def evaluation_page(content: Mapping[str, Any], pictures: Pictures) -> str:
             "<h2>Worst cases first</h2>",
             _worst(content, pictures),
             "<h2>Localisation errors</h2>",
-            '<p class="note">Distance between an organ\'s centre as found and as labelled, and mean '
-            "distance of its box's walls. An organ that was missed has no distance: see the table."
+            '<p class="note">Distance between the centres of an organ as found and as labelled, and '
+            "mean distance of its box's walls. An organ that was missed has no distance: see the table."
             "</p>",
             '<div class="pair">',
             f"<figure>{_distribution(content, 'centroid_mm', 'centre off by, mm')}</figure>",
@@ -60,7 +60,7 @@ def evaluation_page(content: Mapping[str, Any], pictures: Pictures) -> str:
             "" if not curve else curve_section(curve),
             "<h2>Run record</h2>",
             _record(content),
-            f"</main><footer>{DISCLAIMER}. Nothing on this page is fetched from a network.</footer>",
+            f"</main><footer>{DISCLAIMER}. Nothing here is fetched from a network.</footer>",
         ]
     )
     return page("organfast evaluation", body, [asset("evaluation.js")], {})
@@ -200,7 +200,8 @@ def _worst(content: Mapping[str, Any], pictures: Pictures) -> str:
         if dice:
             judged.append((sum(d for d, _ in dice) / len(dice), min(dice)[0], case, dice))
     judged.sort(key=lambda entry: (entry[0], str(entry[2]["name"])))
-    cards, rows = [], []
+    cards: list[str] = []
+    rows: list[tuple[str, ...]] = []
     for mean, _, case, dice in judged:
         # The first of equals, as in the picture.
         least, organ = min(dice, key=lambda pair: pair[0])
@@ -223,8 +224,8 @@ def _worst(content: Mapping[str, Any], pictures: Pictures) -> str:
     heads = ("case", "patient", "fold", "mean Dice", "lowest organ", "its Dice", "trained on")
     return (
         '<p class="note">Each picture is the axial slice with most wrong voxels of the case\'s '
-        "lowest organ: filled in blue as segmented, the label an orange line. The patient's left is "
-        "at the right.</p>"
+        "lowest organ: filled in blue as segmented, the label an orange line. The patient's left "
+        "is at the right.</p>"
         f'<div class="cards">{"".join(cards)}</div>'
         f"<details open><summary>All {len(rows)} cases</summary>{table(heads, rows, 'sortable')}"
         "</details>"
@@ -250,8 +251,8 @@ def _confusions(content: Mapping[str, Any]) -> str:
 
 def _calibrations(content: Mapping[str, Any]) -> str:
     parts = [
-        '<p class="note">On the dashed line, confidence is what it says; below it, the model is too '
-        'sure of itself.</p><div class="pair">'
+        '<p class="note">On the dashed line, confidence is what it says; below it, the model is '
+        'too sure of itself.</p><div class="pair">'
     ]
     names = {"voxels": "Voxels segmented as an organ", "blocks": "Balanced blocks"}
     for kind, title in names.items():
@@ -300,7 +301,7 @@ def curve_section(curve: Mapping[str, Any]) -> str:
     heads = ("setting", "scans a minute", "mean Dice", "centre off, mm", "not beaten")
     return (
         "<h2>Accuracy and throughput</h2>"
-        '<p class="note">Filled points on the line are beaten by no other in both speed and Dice.</p>'
+        '<p class="note">No setting beats the filled points in both speed and Dice.</p>'
         f'<p hidden><label>Organ <select id="curve-organ">{options}</select></label></p>'
         f"{''.join(figures)}{table(heads, rows, 'sortable')}{_smallest(curve)}{_presets(curve)}"
     )

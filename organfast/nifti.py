@@ -824,7 +824,8 @@ def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> 
 def _accept_shares(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
     if not (low >= 0 and high <= 1 + 1e-6):
         raise InputError(path, "holds values outside 0..1", "give a probability map of organfast")
-    return np.rint(values * 255).astype(np.uint8)
+    quantised: NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+    return quantised
 
 
 def _accept_labels(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:

@@ -175,7 +175,8 @@ aria-label="The scan with its organs; arrow keys move the crosshair"></canvas></
 </div>
 <div class="organs"><h3 id="list-head">Organs (choose with arrow keys)</h3>
 <div class="list" id="list" role="radiogroup" aria-labelledby="list-head">
-<button type="button" role="radio" aria-checked="true" data-label="">All organs<span></span></button>
+<button type="button" role="radio" aria-checked="true" data-label="">All organs<span></span>
+</button>
 {entries}</div></div></section>
 <p class="note">The patient's left is at the right of axial and coronal views (radiological
 convention, letters at the edges). {_reduced(shown)}</p>"""
@@ -271,12 +272,12 @@ def _guide(s: Segmented, shown: Display) -> str:
     )
     return f"""{source}
 <p>Choose an organ: the crosshair goes to its centre and the others fade. Drag or touch to move the
-crosshair; the line below names place, HU and organ, so that colours need not be told apart. With the
-viewer focused, arrow up and down change the slice (page up and down: five), left and right move
-sideways, shift with up and down to front and back. Click the viewer, then the wheel scrolls slices.</p>
-<p><b>Confidence</b> is the mean probability of the organ over its voxels, 0 to 1; low means that the
-classifier wavered. <b>Cut off</b> names sides of the field of view that the organ touches: its volume
-is then too small. <b>Absent</b> organs had no voxel. Coordinates are millimetres from the scan's
+crosshair; the line below names place, HU and organ, so that colours need not be told apart. With
+the viewer focused, arrow up and down change the slice (page up and down: five), left and right move
+sideways, shift with up and down to front and back. Click the viewer, then the wheel scrolls.</p>
+<p><b>Confidence</b> is the mean probability of the organ over its voxels, 0 to 1; low means that
+the classifier wavered. <b>Cut off</b> names sides of the field of view that the organ touches: its
+volume is then too small. <b>Absent</b> organs had no voxel. Coordinates are millimetres from the scan's
 origin to the patient's right (R) or left (L), front (A) or back (P), head (S) or feet (I).</p>
 <p>{_about_maps(shown)}</p>"""
 

@@ -16,7 +16,7 @@ __all__ = ["thumbnail"]
 
 _SIDE = 256  # px of the longer side; with one byte a pixel it never exceeds 70 kB
 _GREYS = 64
-# Okabe and Ito's sky blue and orange, told apart by most of the colour-blind; fill and line besides.
+# Okabe and Ito's sky blue and orange, which the colour-blind tell apart; fill and line besides.
 _SEGMENTED, _TRUE = (86, 180, 233), (255, 159, 0)
 
 

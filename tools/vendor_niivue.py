@@ -1,7 +1,7 @@
 """Fetch NiiVue from the npm registry, check it, and put it where the report finds it.
 
 The file that is committed is the one of this version, to the byte; run the tool again after
-changing the version and its checksum, which `npm view @niivue/niivue@VERSION dist.integrity` prints.
+changing the version and its checksum (`npm view @niivue/niivue@VERSION dist.integrity`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import urllib.request
 from pathlib import Path
 
 VERSION = "0.69.0"
-INTEGRITY = "sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="
+INTEGRITY = (
+    "sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P"
+    "/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="
+)
 ADDRESS = f"https://registry.npmjs.org/@niivue/niivue/-/niivue-{VERSION}.tgz"
 # The one build that runs as a plain script, and the smallest.
 MEMBER = "package/dist/niivue.umd.js"
