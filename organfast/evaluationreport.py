@@ -47,8 +47,8 @@ def evaluation_page(content: Mapping[str, Any], pictures: Pictures) -> str:
             "<h2>Worst cases first</h2>",
             _worst(content, pictures),
             "<h2>Localisation errors</h2>",
-            '<p class="note">Distance between the centres of an organ as found and as labelled, and '
-            "mean distance of its box's walls. An organ that was missed has no distance: see the table."
+            '<p class="note">Distance between the centres of an organ as found and as labelled, '
+            "and mean distance of its box's walls. A missed organ has no distance: see the table."
             "</p>",
             '<div class="pair">',
             f"<figure>{_distribution(content, 'centroid_mm', 'centre off by, mm')}</figure>",

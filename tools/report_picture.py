@@ -1,4 +1,4 @@
-"""Draw the README's picture of a report: a phantom that was labelled by its painter, in chromium."""
+"""Draw the README's picture of a report: a phantom labelled by its painter, in chromium."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader
 
 
 def main() -> None:
-    anatomy = phantom(FieldOfView.over("trunk", (1.6, 1.6, 3.0), 256), 7, threads=2)
+    anatomy = phantom(FieldOfView.over("trunk", (2.2, 2.2, 3.0), 180), 7, threads=2)
     volume = paint(anatomy, 7, threads=2)
     classes = ClassTable.default()
     labels = volume.orientation.working(class_labels(anatomy))
