@@ -278,7 +278,8 @@ sideways, shift with up and down to front and back. Click the viewer, then the w
 <p><b>Confidence</b> is the mean probability of the organ over its voxels, 0 to 1; low means that
 the classifier wavered. <b>Cut off</b> names sides of the field of view that the organ touches: its
 volume is then too small. <b>Absent</b> organs had no voxel. Coordinates are millimetres from
-the scan's origin to the patient's right (R) or left (L), front (A) or back (P), head (S) or feet (I).</p>
+the scan's origin to the patient's right (R) or left (L), front (A) or back (P), head (S) or feet
+(I).</p>
 <p>{_about_maps(shown)}</p>"""
 
 

@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 const organ = document.getElementById("curve-organ");
 if (organ) {
-  organ.parentElement.hidden = false;
+  organ.closest("p").hidden = false;
   organ.addEventListener("change", () => {
     for (const figure of document.querySelectorAll("[data-curve]"))
       figure.hidden = figure.dataset.curve !== organ.value;
