@@ -27,13 +27,25 @@ DISCLAIMER = "For research use only, not a medical device"
 
 
 def text(value: object) -> str:
-    """A value as the text of a page or of an attribute: no markup, nothing that cannot be seen."""
+    """A value as the text of a page or of an attribute: no markup, nothing that cannot be seen.
+
+    Parameters
+    ----------
+    value : object
+        Made a str.
+    """
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
     return html.escape(plain, quote=True)
 
 
 def asset(name: str) -> str:
-    """A text file that is shipped for pages."""
+    """A text file that is shipped for pages.
+
+    Parameters
+    ----------
+    name : str
+        Of a file in ``organfast/assets``.
+    """
     return (files("organfast") / "assets" / name).read_text("utf-8")
 
 
@@ -45,7 +57,15 @@ def niivue() -> str:
 
 
 def data_block(name: str, content: Any) -> str:
-    """Data for the page's scripts: bytes as base64, all else as JSON that holds no ``<``."""
+    """Data for the page's scripts: bytes as base64, all else as JSON that holds no ``<``.
+
+    Parameters
+    ----------
+    name : str
+        Its id.
+    content : bytes or JSON
+        What it holds.
+    """
     if isinstance(content, bytes):
         kind, body = "application/octet-stream", base64.b64encode(content).decode("ascii")
     else:
@@ -55,13 +75,31 @@ def data_block(name: str, content: Any) -> str:
 
 
 def picture(png: bytes, alt: str) -> str:
-    """A picture that is part of the page."""
+    """A picture that is part of the page.
+
+    Parameters
+    ----------
+    png : bytes
+        The file.
+    alt : str
+        What it shows, any text.
+    """
     encoded = base64.b64encode(png).decode("ascii")
     return f'<img src="data:image/png;base64,{encoded}" alt="{text(alt)}">'
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table; cells are markup already, the first of a row is its head."""
+    """A table; cells are markup already, the first of a row is its head.
+
+    Parameters
+    ----------
+    heads : sequence of str
+        Of the columns.
+    rows : sequence of sequence of str
+        As many cells each.
+    kind : str
+        Its class.
+    """
     top = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
