@@ -33,14 +33,13 @@ def main() -> None:
         path = Path(folder) / "report.html"
         write_page(content, path)
         browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 920})
+        page = browser.new_page(viewport={"width": 1060, "height": 800})
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready=true]", state="attached", timeout=120_000)
         page.click(f"[data-label='{classes.index('liver')}']")
         page.wait_for_timeout(1500)
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        # Half the bytes, and no eye sees it.
-        shot.quantize(192, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
+        shot.save(PICTURE, optimize=True)
         browser.close()
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1000:.0f} kB")
 

@@ -67,8 +67,11 @@
     for (let label = 1; label < about.colours.length; label++) {
       const [red, green, blue] = about.colours[label];
       const dim = chosen && chosen.label !== label;
-      table.R.push(red); table.G.push(green); table.B.push(blue); table.I.push(label);
-      table.A.push(!names[label] || (dim && alone) ? 0 : dim ? 90 : 255);
+      // NiiVue takes a label's alpha as all or nothing, so the others are darkened.
+      const light = dim ? 0.4 : 1;
+      table.R.push(red * light); table.G.push(green * light); table.B.push(blue * light);
+      table.I.push(label);
+      table.A.push(!names[label] || (dim && alone) ? 0 : 255);
       table.labels.push(names[label] || "");
     }
     nv.volumes[1].setColormapLabel(table);
