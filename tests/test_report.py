@@ -367,3 +367,13 @@ def test_the_table_of_colours_is_the_class_tables(result: Result, tmp_path: Path
     content = (tmp_path / "r.html").read_text("utf-8")
     about = json.loads(re.search(r'id="about">(.*?)</script>', content)[1])
     assert about["colours"] == [list(s.rgb) for s in ClassTable.default().structures]
+
+
+def test_the_command_writes_a_report_beside_the_labels(
+    scan_file: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["segment", "-i", str(scan_file), "-m", str(model_file), "--report"]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1e6
+    assert run([*command, "-o", str(tmp_path / "x.nii.gz")]) == 2
+    assert "--report needs a folder" in capsys.readouterr().err
