@@ -380,6 +380,9 @@ def segment(
         ),
     ] = False,
     preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html: a viewer in one page, offline.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -393,6 +396,8 @@ def segment(
     targets = _targets(scans, out)
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
+    if report and is_one_file(out):
+        raise ValueError(f"--report needs a folder, and {out} is one file")
     loaded = _on_device(load_model(model), device)
     names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
@@ -411,7 +416,7 @@ def segment(
     settings = _with_shortcuts(settings, asked, preset, (model, loaded))
 
     def save(result: Result, target: Path) -> None:
-        result.save(target, preview=preview, probabilities=kept)
+        result.save(target, preview=preview, probabilities=kept, report=report)
 
     failed = _segment_all(targets, loaded, settings, save, threads=threads, as_json=as_json)
     if failed:
@@ -576,8 +581,8 @@ def evaluate(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for evaluation.json, evaluation.csv, curve.csv and curve.png, and what a "
-            "run that was stopped goes on from.",
+            help="Folder for evaluation.json, evaluation.csv, report.html, curve.csv and curve.png, "
+            "and what a run that was stopped goes on from.",
         ),
     ] = None,
     against: Annotated[
@@ -766,6 +771,31 @@ def evaluate(
     failed = [f for e in (evaluation, other, swept) if e is not None for f in e.failures]
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED if evaluation.cases else EXIT_INPUT)
+
+
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(help="A folder of segment or evaluate, or a report.")],
+    scan: Annotated[
+        Path | None,
+        typer.Option("-i", "--input", help="The scan of the result: makes its report anew."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")] = True,
+) -> None:
+    """Open the report of a result or an evaluation; make it where it is missing.
+
+    A result knows its labels, not where its scan lies: without -i a missing report shows labels
+    alone.
+    """
+    from organfast.viewing import report_of
+
+    path = report_of(out, scan)
+    print(path)
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            _complain(f"{path}: no browser could be started; open the file in one")
 
 
 @app.command()

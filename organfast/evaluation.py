@@ -13,11 +13,13 @@ is learned; what is there already, of the same files and settings, is not done a
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
@@ -39,16 +41,19 @@ from organfast.metrics import SCORES, confidence_histogram, confusion, score_lab
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.pipeline import Settings, segment
 from organfast.progress import Progress, silent
-from organfast.results import too_large
+from organfast.results import REPORT, too_large
 from organfast.sampling import Split, labelled_scan, sample_positions
 from organfast.scorebook import BlockAnswers, CaseScores, Evaluation, Failure, evaluation_csv
 from organfast.statistics import patient_folds
+from organfast.thumbnail import thumbnail
+from organfast.volume import Volume
 
 __all__ = [
     "FoldModels",
     "Scoring",
     "Shelf",
     "block_answers",
+    "case_pictures",
     "cross_validate",
     "evaluate",
     "fold_models",
@@ -570,7 +575,24 @@ def _scored(
         confidence=confidence,
         blocks=_blocks(case, model, scoring) if scoring.n_blocks else None,
         warnings=(*result.warnings, *labelled.warnings),
+        picture=_picture(volume, truth, result.labels, found.dice, sorted(scored)),
     )
+
+
+def _picture(
+    volume: Volume,
+    truth: NDArray[Any],
+    found: NDArray[Any],
+    dice: NDArray[np.float64],
+    scored: Sequence[int],
+) -> bytes | None:
+    """The organ with the lowest Dice; None where none was scored."""
+    judged = [organ for organ in scored if not np.isnan(dice[organ])]
+    if not judged:
+        return None
+    working = volume.orientation.working
+    worst = min(judged, key=lambda organ: dice[organ])
+    return thumbnail(volume, working(truth), working(found), worst)
 
 
 def _blocks(case: Case, model: Model, scoring: Scoring) -> BlockAnswers | None:
@@ -657,7 +679,9 @@ class Shelf:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return CaseScores.from_dict(content["scores"]) if content["key"] == key else None
+            if content["key"] != key:
+                return None
+            return replace(CaseScores.from_dict(content["scores"]), picture=_picture_in(content))
         except (OSError, ValueError, KeyError, TypeError):
             return None  # damaged: the case is scored again
 
@@ -665,7 +689,9 @@ class Shelf:
         """Keep the scores of a case."""
         path = self._path("cases", name, key, ".json")
         if path is not None:
-            _write(path, _json({"key": key, "scores": scores.to_dict()}))
+            drawn = scores.picture
+            packed = None if drawn is None else base64.b64encode(drawn).decode("ascii")
+            _write(path, _json({"key": key, "scores": scores.to_dict(), "picture": packed}))
 
     def entry(self, kind: str, name: str, key: Mapping[str, Any]) -> Any:
         """What :meth:`keep_entry` kept of a kind; None where it is not there whole."""
@@ -707,8 +733,31 @@ class Shelf:
         return self.folder / kind / f"{plain}-{digest[:20]}{ending}"
 
 
+def case_pictures(folder: StrPath) -> dict[tuple[str, int | None, str], bytes]:
+    """Pictures of cases that an evaluation keeps in its folder: (name, fold, model) -> PNG.
+
+    Parameters
+    ----------
+    folder : path
+        What ``evaluate`` was given; a case whose file is damaged has no picture.
+    """
+    pictures = {}
+    for path in sorted((Path(folder) / "cases").glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            picture, scores = _picture_in(content), content["scores"]
+            if picture is not None:
+                pictures[scores["name"], scores["fold"], scores["model"]] = picture
+    return pictures
+
+
+def _picture_in(content: Mapping[str, Any]) -> bytes | None:
+    packed = content.get("picture")
+    return None if packed is None else base64.b64decode(packed, validate=True)
+
+
 def save_evaluation(evaluation: Evaluation, folder: StrPath) -> None:
-    """Write ``evaluation.json`` and ``evaluation.csv``, each whole or not at all.
+    """Write ``evaluation.json``, ``evaluation.csv`` and ``report.html``, each whole or not at all.
 
     Where there is a curve, ``curve.csv`` and ``curve.png`` as well.
 
@@ -737,6 +786,7 @@ def save_evaluation(evaluation: Evaluation, folder: StrPath) -> None:
 
         _write(folder / "curve.csv", curve_csv(evaluation.curve))
         save_png(curve_figure(evaluation.curve), folder / "curve.png")
+    evaluation.report(folder / REPORT)
 
 
 def _write(path: Path, text: str) -> None:

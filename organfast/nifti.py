@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import secrets
@@ -37,10 +38,12 @@ __all__ = [
     "Scan",
     "as_scan",
     "corners_apart_mm",
+    "encode_nifti",
     "file_digest",
     "from_nifti1image",
     "read_geometry",
     "read_labels",
+    "read_probability",
     "read_scan",
     "read_volume",
     "write_labels",
@@ -106,17 +109,22 @@ class Geometry:
     @staticmethod
     def of_volume(volume: Volume) -> Geometry:
         """Geometry for a volume that comes from no NIfTI file: sform, and qform where it can."""
-        version = 1 if max(volume.hu.shape) <= _INT16.max else 2
+        return Geometry.of_grid(_three(volume.hu.shape), volume.affine)
+
+    @staticmethod
+    def of_grid(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Geometry:
+        """As :meth:`of_volume`, for voxels of any kind."""
+        version = 1 if max(shape) <= _INT16.max else 2
         header = _header_class(version)()
-        header.set_data_shape(volume.hu.shape)
-        lengths = np.linalg.norm(volume.affine[:3, :3], axis=0)
-        directions = volume.affine[:3, :3] / lengths
+        header.set_data_shape(shape)
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        directions = affine[:3, :3] / lengths
         header.set_xyzt_units("mm")
         header.set_zooms(lengths)
-        header.set_sform(volume.affine, 1)
+        header.set_sform(affine, 1)
         if np.allclose(directions.T @ directions, np.eye(3), atol=1e-6):
-            header.set_qform(volume.affine, 1)
-        return Geometry(_three(volume.hu.shape), volume.affine, version, _fields(header))
+            header.set_qform(affine, 1)
+        return Geometry(shape, affine, version, _fields(header))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +233,28 @@ def read_labels(path: StrPath) -> tuple[NDArray[Any], NDArray[np.float64]]:
     if labels.dtype == np.uint16 and high <= np.iinfo(np.uint8).max:
         labels = labels.astype(np.uint8)
     return labels, header.geometry.affine
+
+
+def read_probability(path: StrPath) -> NDArray[np.uint8]:
+    """Read a map that :func:`write_probability` wrote.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file of values from 0 to 1.
+
+    Returns
+    -------
+    (n_a, n_b, n_c) uint8
+        255 for certain; axes as stored.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_scan`, or a value is outside 0..1.
+    """
+    with _opened(path) as source:
+        return _read_voxels(source, _read_header(source), np.dtype(np.uint8), _accept_shares)[0]
 
 
 def read_geometry(path: StrPath) -> Geometry:
@@ -391,6 +421,23 @@ def write_volume(path: StrPath, volume: Volume) -> None:
         The file cannot be written.
     """
     _write(path, volume.hu, Geometry.of_volume(volume), slope=1.0)
+
+
+def encode_nifti(voxels: NDArray[Any], affine: NDArray[np.float64]) -> bytes:
+    """The bytes of a ``.nii.gz``, in memory, as small as they quickly get.
+
+    Parameters
+    ----------
+    voxels : (n_a, n_b, n_c) uint8, uint16 or int16
+        Any memory order.
+    affine : (4, 4) float64
+        Index of ``voxels`` -> RAS+ mm.
+    """
+    buffer = io.BytesIO()
+    with gzip.GzipFile("", "wb", 6, buffer, mtime=0) as stream:
+        geometry = Geometry.of_grid(_three(voxels.shape), np.asarray(affine, np.float64))
+        _write_stream(stream, voxels, geometry, slope=1.0)
+    return buffer.getvalue()
 
 
 # --- the file and its errors ----------------------------------------------------------------------
@@ -772,6 +819,13 @@ def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> 
         return values
     whole: NDArray[Any] = np.rint(values)
     return whole
+
+
+def _accept_shares(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    if not (low >= 0 and high <= 1 + 1e-6):
+        raise InputError(path, "holds values outside 0..1", "give a probability map of organfast")
+    quantised: NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+    return quantised
 
 
 def _accept_labels(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from organfast.anatomy import ClassTable
 from organfast.segmentation import Labels, LabelStatistics, measure_labels
 from organfast.volume import Volume
 
-__all__ = ["Organ", "Presence", "measure_organs", "organs_csv", "organs_json"]
+__all__ = ["Organ", "Presence", "measure_organs", "organs_csv", "organs_from_json", "organs_json"]
 
 Point = tuple[float, float, float]
 
@@ -186,6 +186,33 @@ def organs_json(organs: Mapping[str, Organ]) -> str:
     }
     content = {"coordinates": _COORDINATES, "organs": table}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def organs_from_json(text: str) -> dict[str, Organ]:
+    """The organs that :func:`organs_json` wrote, as rounded as there.
+
+    Parameters
+    ----------
+    text : str
+        JSON.
+
+    Raises
+    ------
+    ValueError
+        It is no such text.
+    """
+    try:
+        table = json.loads(text)["organs"]
+        return {
+            str(name): Organ(**{field: _tuples(value) for field, value in row.items()})
+            for name, row in table.items()
+        }
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"no table of organs ({error})") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def organs_csv(organs: Mapping[str, Organ]) -> str:

@@ -13,6 +13,7 @@ Nothing here touches pyplot or its global state.
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Sequence
@@ -205,6 +206,22 @@ def overlay_probability(
     return figure
 
 
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as PNG; the same figure gives the same bytes.
+
+    Parameters
+    ----------
+    figure : Figure
+        Any matplotlib figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # The version of matplotlib would make equal pictures unequal files.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def save_png(figure: Figure, path: str | PathLike[str]) -> None:
     """Write a figure as PNG, whole or not at all; the same figure gives the same bytes.
 
@@ -220,13 +237,9 @@ def save_png(figure: Figure, path: str | PathLike[str]) -> None:
     InputError
         The file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
     try:
-        with open(beside, "xb") as file:
-            # The version of matplotlib would make equal pictures unequal files.
-            FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        beside.write_bytes(png_bytes(figure))
         os.replace(beside, path)
     except OSError as error:
         raise InputError(

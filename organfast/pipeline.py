@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -414,6 +415,7 @@ def _segment(
         },
         timings={"threads": threads, "seconds": seconds, "peak_memory_mb": peak_memory_mb()},
         probability_map=lambda name: flow.probability_map(name, maps, threads),
+        name=Path(given.name).name,
     )
 
 

@@ -34,12 +34,13 @@ __all__ = [
 ]
 
 RUN_RECORD = "run.json"
+REPORT = "report.html"
 # What a folder may hold to count as an earlier result, and be replaced.
 _CONTENT = frozenset(
     {
         *("segmentation.nii.gz", "organs.json", "organs.csv", RUN_RECORD, "timings.json"),
         *("labels.json", "labels_itksnap.txt", "labels_slicer.ctbl"),
-        *("overlay.png", "probabilities"),
+        *("overlay.png", "probabilities", REPORT),
     }
 )
 
@@ -69,6 +70,8 @@ class Result:
         apart so that results are reproducible.
     probability_map : callable
         From an organ's name to its full-size map; see :meth:`probability`.
+    name : str
+        What the scan is called in its report: its file's name, without a folder.
     """
 
     scan: Scan
@@ -79,6 +82,7 @@ class Result:
     record: Mapping[str, Any]
     timings: Mapping[str, Any]
     probability_map: Callable[[str], NDArray[np.uint8]]
+    name: str = "the given scan"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -113,12 +117,45 @@ class Result:
         """
         return self.probability_map(name)
 
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write one HTML page that shows the scan and everything found in it, offline.
+
+        It holds the probability maps of the organs kept by ``Settings.probabilities``.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            File to write, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            The file cannot be written.
+        """
+        from organfast.page import write_page
+        from organfast.report import Segmented, scan_page
+
+        volume = self.scan.volume
+        working = volume.orientation.working
+        kept = self.record["settings"]["probabilities"]
+        segmented = Segmented(
+            self.name,
+            volume,
+            working(self.labels),
+            self.classes,
+            self.organs,
+            self.record,
+            {organ: working(self.probability(organ)) for organ in kept},
+        )
+        write_page(scan_page(segmented), path)
+
     def save(
         self,
         out: str | PathLike[str],
         *,
         preview: bool = True,
         probabilities: Sequence[str] = (),
+        report: bool = False,
     ) -> None:
         """Write the result: a folder with everything, or a label map alone.
 
@@ -135,6 +172,8 @@ class Result:
             Draw ``overlay.png``, and a picture per probability map.
         probabilities : sequence of str
             Organs whose full-size maps go to ``probabilities/NAME.nii.gz``.
+        report : bool
+            Write ``report.html``, too; see :meth:`report`.
 
         Raises
         ------
@@ -142,7 +181,8 @@ class Result:
             The output cannot be written, for want of memory, too, or is a folder that holds
             something else.
         ValueError
-            An organ is not in the class table, or its map is to go into one file with the labels.
+            An organ is not in the class table, or its map or a report is to go into one file with
+            the labels.
         """
         target = Path(out)
         for name in probabilities:
@@ -151,6 +191,8 @@ class Result:
         if is_one_file(target):
             if probabilities:
                 raise ValueError(f"{target} is one file; give a folder to hold probabilities, too")
+            if report:
+                raise ValueError(f"{target} is one file; give a folder to hold a report, too")
             with _memory_for(target):
                 write_labels(target, self.labels, self.scan.geometry)
             return
@@ -165,6 +207,8 @@ class Result:
         try:
             with _memory_for(target):
                 self._write(beside, preview, probabilities)
+                if report:
+                    self.report(beside / REPORT)
             _swap(beside, place)
         except InputError as error:  # names the file as long as it lies beside
             raise InputError(target, error.problem, error.remedy) from None

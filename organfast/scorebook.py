@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,8 @@ class CaseScores:
         None where blocks were not asked for.
     warnings : tuple of str
         About the scan, its labels and the segmentation.
+    picture : bytes or None
+        PNG of the organ with the lowest Dice, where it errs most; never in ``to_dict``.
     """
 
     name: str
@@ -128,11 +131,14 @@ class CaseScores:
     confidence: Counts
     blocks: BlockAnswers | None
     warnings: tuple[str, ...] = ()
+    picture: bytes | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON; NaN is null."""
+        """All of it but the picture, for JSON; NaN is null."""
         plain: dict[str, Any] = {}
         for field in fields(self):
+            if field.name == "picture":
+                continue
             value = getattr(self, field.name)
             plain[field.name] = _plain(value)
         plain["scores"] = {name: _plain(self.scores[name]) for name in SCORES}
@@ -357,6 +363,29 @@ class Evaluation:
             "calibration": self._calibration(),
             "curve": None if self.curve is None else self.curve.to_dict(),
         }
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write one HTML page with everything that was found, offline.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            File to write, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            The file cannot be written.
+        """
+        from organfast.evaluationreport import evaluation_page
+        from organfast.page import write_page
+
+        pictures = {
+            (case.name, case.fold, case.model): case.picture
+            for case in self.cases
+            if case.picture is not None
+        }
+        write_page(evaluation_page(self.to_dict(), pictures), path)
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Evaluation:

@@ -455,7 +455,7 @@ def test_saving_replaces_whole_files(
     for _ in range(2):
         save_evaluation(evaluated, tmp_path / "new" / "out")
     out = tmp_path / "new" / "out"
-    assert {p.name for p in out.iterdir()} == {"evaluation.json", "evaluation.csv"}
+    assert {p.name for p in out.iterdir()} == {"evaluation.json", "evaluation.csv", "report.html"}
     again = Evaluation.from_dict(json.loads((out / "evaluation.json").read_text()))
     assert again.to_dict() == json.loads(json.dumps(evaluated.to_dict()))
     with pytest.raises(InputError, match="cannot be written"):
@@ -491,7 +491,7 @@ def test_the_command_evaluates_a_model(
     assert "Wilcoxon p" in shown
     assert told.startswith("organfast: warning: the model was trained on phantom_00")
     assert {p.name for p in out.iterdir()} == {
-        *("evaluation.json", "evaluation.csv", "against", "cases", "models")
+        *("evaluation.json", "evaluation.csv", "report.html", "against", "cases", "models")
     }
     assert run([*command, "--json", "-o", str(out)]) == 0
     content = json.loads(capsys.readouterr().out)

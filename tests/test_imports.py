@@ -17,7 +17,7 @@ COLUMNS = [
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
-    ["grid", "levels", "body"],
+    ["grid", "levels", "body", "display", "page"],
     ["blocks", "sampling", "augmentation"],
     [
         "models.architecture",
@@ -35,7 +35,8 @@ COLUMNS = [
         "models.training",
     ],
     ["probability", "refinement", "recomputation"],
-    ["segmentation", "organs", "metrics", "overlay", "curvefigure", "scorebook"],
+    ["segmentation", "organs", "metrics", "overlay", "curvefigure", "thumbnail", "charts"],
+    ["report", "evaluationreport", "scorebook"],
     [
         "results",
         "blocklearning",
@@ -48,6 +49,7 @@ COLUMNS = [
         "recalibration",
         "certificate",
         "sweep",
+        "viewing",
     ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
