@@ -201,7 +201,7 @@ def demo(
         f"\nOne phantom patient who was not in training: mean Dice {sum(dice) / len(dice):.2f} of"
     )
     print(f"{len(dice)} organs. Phantoms are made up: this says nothing of real scans. Look at")
-    for name in ("segmented/overlay.png", "segmented/probabilities/liver.png", "segmented"):
+    for name in ("segmented/report.html", "segmented/overlay.png", "segmented"):
         print(f"  {out / name}")
 
 
@@ -581,8 +581,8 @@ def evaluate(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for evaluation.json, evaluation.csv, report.html, curve.csv and curve.png, "
-            "and what a run that was stopped goes on from.",
+            help="Folder for evaluation.json, evaluation.csv, report.html, with --curve curve.csv "
+            "and curve.png, and what a run that was stopped goes on from.",
         ),
     ] = None,
     against: Annotated[

@@ -122,7 +122,7 @@ def run_demo(
         threads=threads,
         progress=progress,
     )
-    result.save(folder / "segmented", probabilities=("liver",))
+    result.save(folder / "segmented", probabilities=("liver",), report=True)
     scores = _scores(result, unseen.labels)
     # JSON has no NaN: what has no number is null.
     rows = [{k: None if v != v else v for k, v in asdict(s).items()} for s in scores]

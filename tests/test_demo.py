@@ -43,6 +43,7 @@ def test_the_demo_fills_its_folder_with_what_the_readme_promises(
         *("unseen/ct.nii.gz", "unseen/labels.nii.gz"),
         *("segmented/segmentation.nii.gz", "segmented/overlay.png", "segmented/organs.json"),
         *("segmented/organs.csv", "segmented/labels.json", "segmented/run.json"),
+        "segmented/report.html",
         *("segmented/probabilities/liver.nii.gz", "segmented/probabilities/liver.png"),
     ):
         assert (folder / name).stat().st_size > 0, name
