@@ -1,0 +1,98 @@
+"""Compiled kernels under sanitizers and with checked bounds, in a copy of the package.
+
+    python tools/sanitize.py fuzz --seconds 60          # address and undefined-behaviour sanitizer
+    python tools/sanitize.py fuzz --executions 10000000
+    python tools/sanitize.py tests [TEST...]            # the kernels' tests under both sanitizers
+    python tools/sanitize.py bounds [TEST...]           # all tests on kernels that check each index
+
+Needs gcc with libasan and libubsan (Debian's gcc brings them). The exit code is that of what ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+KERNEL_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("blocks", "forest", "levels", "grid", "probability", "segmentation", "organs")
+]
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+
+
+def main() -> int:
+    """Build a copy, and run what was asked for in it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["fuzz", "tests", "bounds"])
+    given, others = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(prefix="organfast-sanitize-") as folder:
+        copy = copied(Path(folder))
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        if given.what == "bounds":
+            check_bounds(copy)
+            build(copy, environment)
+            pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "2"]
+            return run([*pytest, "--dist", "loadfile", *(others or ["tests"])], copy, environment)
+        # -O3 takes ten times as long to compile with sanitizers, and finds no more.
+        setup = copy / "setup.py"
+        setup.write_text(setup.read_text("utf-8").replace('"-O3"', '"-O1"'), "utf-8")
+        build(copy, {**environment, "CFLAGS": f"-g {SANITIZERS}", "LDFLAGS": SANITIZERS})
+        environment |= {
+            "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so"))),
+            # Python itself leaks at its end; NumPy keeps freed arrays, which hides a use after it.
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "PYTHONMALLOC": "malloc",
+        }
+        if given.what == "fuzz":
+            return run(["tools/fuzz_forest.py", *others], copy, environment)
+        pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        return run([*pytest, *(others or KERNEL_TESTS)], copy, environment)
+
+
+def copied(folder: Path) -> Path:
+    """The package, its tests and tools without anything that was built."""
+    copy = folder / "organfast"
+    built = shutil.ignore_patterns("*.so", "*.c", "__pycache__", "build", "*.egg-info")
+    for name in ("organfast", "tests", "tools", "benchmarks"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
+        shutil.copy(REPOSITORY / name, copy / name)
+    return copy
+
+
+def check_bounds(copy: Path) -> None:
+    """Cython checks each index of each kernel, and refuses negative ones."""
+    for source in (copy / "organfast" / "kernels").glob("*.pyx"):
+        text = source.read_text("utf-8")
+        if "boundscheck=False" not in text:
+            raise SystemExit(f"{source.name} does not say boundscheck=False")
+        source.write_text(text.replace("boundscheck=False", "boundscheck=True"), "utf-8")
+
+
+def build(copy: Path, environment: dict[str, str]) -> None:
+    """Compile the kernels of the copy in place."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "2"]
+    subprocess.run(command, cwd=copy, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def library(name: str) -> str:
+    """Where gcc keeps a sanitizer's library."""
+    find = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(arguments: list[str], copy: Path, environment: dict[str, str]) -> int:
+    """Run Python in the copy."""
+    done = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, check=False)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
