@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
+from organfast.dicom import DicomScan, write_segmentation
 from organfast.errors import InputError
 from organfast.nifti import Scan, write_labels, write_probability
 from organfast.organs import Organ, organs_csv, organs_json
 
 __all__ = [
+    "OUTPUT_TYPES",
     "Result",
     "check_file_target",
     "check_target",
@@ -34,10 +36,13 @@ __all__ = [
 ]
 
 RUN_RECORD = "run.json"
+# How a label map is written: its file in a result's folder.
+OUTPUT_TYPES = {"nifti": "segmentation.nii.gz", "dicom_seg": "segmentation.dcm"}
 # What a folder may hold to count as an earlier result, and be replaced.
 _CONTENT = frozenset(
     {
-        *("segmentation.nii.gz", "organs.json", "organs.csv", RUN_RECORD, "timings.json"),
+        *OUTPUT_TYPES.values(),
+        *("organs.json", "organs.csv", RUN_RECORD, "timings.json"),
         *("labels.json", "labels_itksnap.txt", "labels_slicer.ctbl"),
         *("overlay.png", "probabilities"),
     }
@@ -119,6 +124,7 @@ class Result:
         *,
         preview: bool = True,
         probabilities: Sequence[str] = (),
+        types: Sequence[str] = ("nifti",),
     ) -> None:
         """Write the result: a folder with everything, or a label map alone.
 
@@ -135,6 +141,9 @@ class Result:
             Draw ``overlay.png``, and a picture per probability map.
         probabilities : sequence of str
             Organs whose full-size maps go to ``probabilities/NAME.nii.gz``.
+        types : sequence of {"nifti", "dicom_seg"}
+            How to write the label map: ``segmentation.nii.gz``, ``segmentation.dcm`` or both. A
+            DICOM SEG refers to the DICOM series that was segmented.
 
         Raises
         ------
@@ -142,13 +151,20 @@ class Result:
             The output cannot be written, for want of memory, too, or is a folder that holds
             something else.
         ValueError
-            An organ is not in the class table, or its map is to go into one file with the labels.
+            An organ is not in the class table, or its map is to go into one file with the labels;
+            a type is unknown, or DICOM SEG is asked for a scan that is no DICOM series.
         """
         target = Path(out)
         for name in probabilities:
             self.classes.index(name)
+        if not types or not set(types) <= set(OUTPUT_TYPES):
+            raise ValueError(f"types are {types!r}; use {' and '.join(OUTPUT_TYPES)}")
+        if "dicom_seg" in types and not isinstance(self.scan, DicomScan):
+            raise ValueError("the scan is no DICOM series, which a DICOM SEG has to refer to")
         check_target(target)
         if is_one_file(target):
+            if set(types) != {"nifti"}:
+                raise ValueError(f"{target} is one NIfTI file; give a folder for DICOM SEG")
             if probabilities:
                 raise ValueError(f"{target} is one file; give a folder to hold probabilities, too")
             with _memory_for(target):
@@ -164,7 +180,7 @@ class Result:
             raise _unwritable(target, error) from None
         try:
             with _memory_for(target):
-                self._write(beside, preview, probabilities)
+                self._write(beside, preview, probabilities, types)
             _swap(beside, place)
         except InputError as error:  # names the file as long as it lies beside
             raise InputError(target, error.problem, error.remedy) from None
@@ -173,9 +189,16 @@ class Result:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
-    def _write(self, folder: Path, preview: bool, probabilities: Sequence[str]) -> None:
+    def _write(
+        self, folder: Path, preview: bool, probabilities: Sequence[str], types: Sequence[str]
+    ) -> None:
         start = time.perf_counter()
-        write_labels(folder / "segmentation.nii.gz", self.labels, self.scan.geometry)
+        if "nifti" in types:
+            write_labels(folder / OUTPUT_TYPES["nifti"], self.labels, self.scan.geometry)
+        if "dicom_seg" in types and isinstance(self.scan, DicomScan):
+            origin = {"version": self.record["organfast"], "model": self.record["model"]}
+            path = folder / OUTPUT_TYPES["dicom_seg"]
+            write_segmentation(path, self.labels, self.scan, self.classes, origin)
         texts = {
             "organs.json": organs_json(self.organs),
             "organs.csv": organs_csv(self.organs),
@@ -358,7 +381,8 @@ def _check_folder(folder: Path) -> None:
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace what is neither empty nor an earlier result and nothing else."""
     content = {entry.name for entry in folder.iterdir()}
-    if content and not {RUN_RECORD, "segmentation.nii.gz"} <= content <= _CONTENT:
+    is_result = RUN_RECORD in content and not content.isdisjoint(OUTPUT_TYPES.values())
+    if content and not (is_result and content <= _CONTENT):
         raise InputError(folder, "is a folder that holds other files", "give a new or empty folder")
     if os.path.ismount(folder) or folder.samefile(Path.cwd()):
         raise InputError(
