@@ -2,7 +2,7 @@
 
 ::
 
-    folder, zip, file ──> headers, a closed list of tags ──> CT series ──> highdicom: in order? regular?
+    folder, zip, file ──> headers, a closed list of tags ──> CT series ──> highdicom: regular?
                                                                 │
          int16 HU, (column, row, slice) <── pydicom: decoded, rescaled, slice after slice
 
@@ -564,9 +564,7 @@ def _in_order(path: StrPath, headers: Sequence[_Header]) -> tuple[list[_Header],
         raise InputError(path, "has a geometry that makes no sense", _CONVERT) from None
     if np.abs(cosines - cosines[0]).max() > _COSINE_TOLERANCE:
         raise InputError(path, "mixes slices of several orientations", "give one series alone")
-    spacing, places = hd.spatial.get_series_volume_positions(
-        tags, rtol=_STEP_TOLERANCE, orientation_tol=_COSINE_TOLERANCE
-    )
+    spacing, places = hd.spatial.get_volume_positions(positions, cosines[0], rtol=_STEP_TOLERANCE)
     if places is None:
         raise _irregular(path, positions, np.asarray(normal))
     ordered = [headers[n] for n in np.argsort(places)]
