@@ -556,6 +556,7 @@ def _in_order(path: StrPath, headers: Sequence[_Header]) -> tuple[list[_Header],
         positions = np.array([t.ImagePositionPatient for t in tags], np.float64)
         cosines = np.array([t.ImageOrientationPatient for t in tags], np.float64)
         pixel = np.array(tags[0].PixelSpacing, np.float64)
+        rows, columns = int(tags[0].Rows), int(tags[0].Columns)
         fits = positions.shape[1:] == (3,) and cosines.shape[1:] == (6,) and pixel.shape == (2,)
         if not (fits and np.isfinite(positions).all() and (pixel > 0).all()):
             raise ValueError
@@ -571,8 +572,8 @@ def _in_order(path: StrPath, headers: Sequence[_Header]) -> tuple[list[_Header],
     geometry = hd.VolumeGeometry.from_attributes(
         image_position=positions[np.argsort(places)[0]],
         image_orientation=cosines[0],
-        rows=int(tags[0].Rows),
-        columns=int(tags[0].Columns),
+        rows=rows,
+        columns=columns,
         pixel_spacing=pixel,
         spacing_between_slices=spacing,
         number_of_frames=len(tags),
@@ -773,6 +774,8 @@ def write_segmentation(
 
     pydicom = _pydicom(path)
     sources = [_source(scan.series.path, tags, pydicom) for tags in scan.series.headers]
+    for source in sources:  # asked for by highdicom; the distance of slices is what is known
+        source.SliceThickness = round(float(np.linalg.norm(scan.volume.affine[:3, 2])), 6)
     occurring = np.flatnonzero(np.bincount(labels.ravel(order="K"), minlength=len(classes)))
     present = [int(label) for label in occurring if label] or [classes.organs[0]]
     number_of = np.zeros(len(classes), np.uint16 if len(present) > 255 else np.uint8)
