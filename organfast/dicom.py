@@ -830,7 +830,8 @@ def _source(path: str, tags: Any, pydicom: Any) -> Any:
         "SeriesInstanceUID",
         "FrameOfReferenceUID",
     ):
-        if not pydicom.uid.UID(str(tags.get(keyword) or "")).is_valid:
+        uid = pydicom.uid.UID(str(tags.get(keyword) or ""), pydicom.config.IGNORE)
+        if not uid.is_valid:
             raise InputError(
                 path, f"has no {keyword}, which a DICOM SEG refers to", "leave -ot dicom_seg"
             )
