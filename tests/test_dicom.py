@@ -58,7 +58,7 @@ def volume(scan_file: Path) -> Volume:
 @pytest.fixture(scope="module")
 def small() -> Volume:
     """Six slices of noise with negative values, unequal sides."""
-    hu = np.random.default_rng(3).integers(-1024, 1500, (11, 7, 6)).astype(np.int16)
+    hu = np.random.default_rng(3).integers(-1024, 1500, (37, 34, 6)).astype(np.int16)
     affine = np.array([[-2.0, 0, 0, 30], [0, 1.5, 0, -40], [0, 0, 3, 7], [0, 0, 0, 1]])
     return Volume(hu, affine)
 
@@ -152,7 +152,7 @@ def test_a_folder_a_zip_a_file_are_one_scan(small: Volume, tmp_path: Path) -> No
     assert find_scans(archive) == {"s": archive}
     found = find_scans(folder)
     assert found == {f"study/series_{n}": Path(f"{folder}#{n}") for n in (2, 5)}
-    with pytest.raises(InputError, match=r"mixes 2 CT series: #2 \(6 slices of 11×7\), #5"):
+    with pytest.raises(InputError, match=r"mixes 2 CT series: #2 \(6 slices of 37×34\), #5"):
         read_series(folder)
     for choice in ("2", "2.25.2"):
         scan = read_series(f"{folder}#{choice}")
@@ -383,7 +383,7 @@ def test_what_a_dicom_seg_says(small: Volume, tmp_path: Path) -> None:
     kind = kidney.SegmentedPropertyTypeCodeSequence[0]
     assert (kind.CodeValue, kind.CodingSchemeDesignator) == ("64033007", "SCT")
     assert kind.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "24028007"
-    assert kidney.SegmentedPropertyCategoryCodeSequence[0].CodeValue == "123037004"
+    assert kidney.SegmentedPropertyCategoryCodeSequence[0].CodeValue == "91723000"
     assert kidney.SegmentAlgorithmType == "AUTOMATIC"
     own = muscle.SegmentedPropertyTypeCodeSequence[0]
     assert own.CodingSchemeDesignator == "99ORGANFAST"
