@@ -686,7 +686,9 @@ def _decoded(
     except _Unreadable:
         raise _undecodable(path, file) from None
     if not has_pixels:
-        raise InputError(path, f"holds {_shown(file)}, which has no pixel data", _CONVERT)
+        raise InputError(
+            path, f"holds {_shown(file)}, which has no pixel data or ends before them", _CONVERT
+        )
     if kind in _NOT_HU:
         raise InputError(path, f"holds values of the type {kind}, not HU", "give the CT in HU")
     if not decodes:
@@ -814,6 +816,9 @@ def write_segmentation(
     )
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
         del segmentation[keyword]
+    dimensions = pydicom.uid.generate_uid(entropy_srcs=["dimensions", *seed])
+    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
+        item.DimensionOrganizationUID = dimensions
     try:
         segmentation.save_as(path)
     except OSError as error:
