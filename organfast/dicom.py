@@ -63,6 +63,7 @@ _PIXELS = (
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData", "FloatPixelData"),
 )
+_META_CLASS = "MediaStorageSOPClassUID"
 _CT = "1.2.840.10008.5.1.4.1.1.2"
 _ENHANCED_CT = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
 # Modalities that an error may name (PS3.3 C.7.3.1.1.1): a tag may hold anything.
@@ -372,6 +373,8 @@ def _headers(path: StrPath, files: Sequence[_File]) -> list[_Header]:
                 for keyword in (*_PATIENT, "SpecificCharacterSet"):
                     if keyword in tags:
                         del tags[keyword]
+                if _is_cut_off(tags):
+                    raise _Unreadable
                 tags.file_meta = pydicom.dataset.FileMetaDataset()
                 for keyword in _HEADER:  # now: a value is only parsed when it is asked for
                     tags.get(keyword)
@@ -379,10 +382,23 @@ def _headers(path: StrPath, files: Sequence[_File]) -> list[_Header]:
             raise InputError(
                 path,
                 f"holds {_shown(file)}, whose header cannot be read",
-                "copy or export it again",
+                "copy or export it again, or take it away if it is no part of the series",
             ) from None
         headers.append(_Header(file, tags, patient))
     return headers
+
+
+def _is_cut_off(tags: Any) -> bool:
+    """Whether a file ends before its modality, and may have been a slice of CT.
+
+    A DICOMDIR has no modality either, but says in its meta header what it is. Where a file ends,
+    what it says may be cut off as well.
+    """
+    modality = str(tags.get("Modality") or "")
+    kinds = (str(tags.get("SOPClassUID") or ""), str(tags.file_meta.get(_META_CLASS) or ""))
+    return modality in ("", "C") and all(
+        any(uid.startswith(kind) for uid in (_CT, *_ENHANCED_CT)) for kind in kinds
+    )
 
 
 def _shown(file: _File) -> str:
@@ -819,6 +835,8 @@ def write_segmentation(
     dimensions = pydicom.uid.generate_uid(entropy_srcs=["dimensions", *seed])
     for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
         item.DimensionOrganizationUID = dimensions
+    for item in segmentation.get("ContributingEquipmentSequence", ()):
+        item.pop("ContributionDateTime", None)  # the moment of writing; optional (PS3.3 C.12.1)
     try:
         segmentation.save_as(path)
     except OSError as error:

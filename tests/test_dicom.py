@@ -296,9 +296,27 @@ def test_truncated_and_foreign_files(small: Volume, tmp_path: Path) -> None:
     file.write_bytes(whole[: len(whole) - 60])
     with pytest.raises(InputError, match=r"000\.dcm, which has no pixel data or ends before them"):
         read_series(folder)
-    file.write_bytes(whole[:200])
-    with pytest.raises(InputError, match=r"000\.dcm"):
-        read_series(folder)
+    # An end slice: nobody would miss it if it were left out.
+    modality = whole.index(b"CS\2\0CT")
+    for n_bytes in (132, 180, 200, 240, modality - 20, modality, modality + 5):
+        file.write_bytes(whole[:n_bytes])
+        with pytest.raises(InputError, match=r"000\.dcm, whose header cannot be read"):
+            read_series(folder)
+    for n_bytes in range(modality + 6, whole.index(b"\xe0\x7f\x10\0"), 7):
+        file.write_bytes(whole[:n_bytes])
+        with pytest.raises(InputError):
+            read_series(folder)
+    file.write_bytes(whole)
+    directory = pydicom.Dataset()
+    directory.file_meta = pydicom.dataset.FileMetaDataset()
+    directory.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    directory.file_meta.MediaStorageSOPInstanceUID = "2.25.77"
+    directory.file_meta.TransferSyntaxUID = SYNTAXES["explicit"]
+    directory.FileSetID = "DISC"
+    directory.save_as(folder / "dicomdir", enforce_file_format=True)
+    scan = read_series(folder)
+    assert_same_scan(scan, small)
+    assert scan.warnings == ("1 files beside the series were left out: no CT, but something else",)
     (tmp_path / "e").mkdir()
     assert not is_dicom(tmp_path / "e")
     assert not is_dicom(tmp_path / "missing")
