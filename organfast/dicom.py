@@ -157,7 +157,7 @@ def is_dicom(path: StrPath) -> bool:
 
 
 def check_is_dicom(path: StrPath) -> None:
-    """Refuse a scan for which no DICOM SEG can be written.
+    """Refuse a scan for which no DICOM SEG can be written, before anything is computed.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def check_is_dicom(path: StrPath) -> None:
     Raises
     ------
     InputError
-        The scan is no DICOM series.
+        The scan is no DICOM series, or lacks UIDs to refer to.
     """
     if os.path.exists(_place_and_choice(path)[0]) and not is_dicom(path):
         raise InputError(
@@ -175,6 +175,14 @@ def check_is_dicom(path: StrPath) -> None:
             "is no DICOM series, which a DICOM SEG has to refer to",
             "give the series itself, or leave -ot dicom_seg",
         )
+    if not is_dicom(path) or _place_and_choice(path)[1] is not None:
+        return  # of several series that which is meant is looked at when it is read
+    with _opened(path) as files:
+        for file in files:
+            header = _headers(path, [file])[0]
+            if _not_ct(header) is None:
+                _check_uids(path, header.tags, _pydicom(path))
+                return
 
 
 def list_series(path: StrPath) -> dict[str, str]:
@@ -845,8 +853,7 @@ def write_segmentation(
         ) from None
 
 
-def _source(path: str, tags: Any, pydicom: Any) -> Any:
-    """A slice as a SEG refers to it: with nothing about the person, though that is asked for."""
+def _check_uids(path: StrPath, tags: Any, pydicom: Any) -> None:
     for keyword in (
         "StudyInstanceUID",
         "SOPInstanceUID",
@@ -858,6 +865,11 @@ def _source(path: str, tags: Any, pydicom: Any) -> Any:
             raise InputError(
                 path, f"has no {keyword}, which a DICOM SEG refers to", "leave -ot dicom_seg"
             )
+
+
+def _source(path: str, tags: Any, pydicom: Any) -> Any:
+    """A slice as a SEG refers to it: with nothing about the person, though that is asked for."""
+    _check_uids(path, tags, pydicom)
     source = pydicom.Dataset()
     source.update({e.tag: e for e in tags if e.keyword in _HEADER})
     source.file_meta = pydicom.dataset.FileMetaDataset()

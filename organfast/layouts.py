@@ -86,6 +86,8 @@ _VISCERAL = re.compile(
 _MASK_FOLDER = "segmentations"
 _MAP_FOLDER = "probabilities"
 _DEPTH = 2
+# Archive, patient, study, series, and what exports wrap around them.
+_DICOM_DEPTH = 8
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
 _CHUNK = 1 << 20
 # Writers round affines differently; a tenth of a voxel moves no label.
@@ -218,7 +220,8 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     Parameters
     ----------
     path : str or PathLike
-        A file or a folder, of which two levels of sub-folders are searched.
+        A file or a folder. Two levels of sub-folders are searched; for DICOM eight, for archives
+        keep a folder for each patient, study and series. A link that leads back is not followed.
 
     Returns
     -------
@@ -237,7 +240,7 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
             return dict(_series_of(path, Path(path.stem)))
         return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
-    for name, file in sorted(_scans_in(path, Path(), _DEPTH)):
+    for name, file in sorted(_scans_in(path, Path())):
         if name in scans:
             raise several(path, [scans[name], file])
         scans[name] = file
@@ -261,21 +264,23 @@ def _series_of(path: Path, inside: Path) -> list[tuple[str, Path]]:
     return [((inside / f"series_{n}").as_posix(), Path(f"{path}#{n}")) for n in choices]
 
 
-def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
+def _scans_in(folder: Path, inside: Path, around: tuple[Path, ...] = ()) -> list[tuple[str, Path]]:
     files, folders = list_folder(folder)
     scans = []
-    for stem, path in files.items():
-        match = _VISCERAL.fullmatch(stem)
-        if not (_is_label_map(stem) or (match and match["radlex"])):
-            of_folder = stem == "ct" and inside.name
-            scans.append(((inside if of_folder else inside / stem).as_posix(), path))
+    if len(around) <= _DEPTH:
+        for stem, path in files.items():
+            match = _VISCERAL.fullmatch(stem)
+            if not (_is_label_map(stem) or (match and match["radlex"])):
+                of_folder = stem == "ct" and inside.name
+                scans.append(((inside if of_folder else inside / stem).as_posix(), path))
     if is_dicom(folder):
         own_name = inside if inside.name else Path(folder.resolve().name)
         scans += _series_of(folder, own_name)
-    if depth:
+    if len(around) < _DICOM_DEPTH:
+        around = (*around, folder.resolve())
         for name, sub_folder in folders.items():
-            if name not in (_MASK_FOLDER, _MAP_FOLDER):
-                scans += _scans_in(sub_folder, inside / name, depth - 1)
+            if name not in (_MASK_FOLDER, _MAP_FOLDER) and sub_folder.resolve() not in around:
+                scans += _scans_in(sub_folder, inside / name, around)
     return scans
 
 

@@ -209,6 +209,20 @@ def test_several_series_are_several_scans(small: Volume, tmp_path: Path) -> None
     assert_same_scan(read_series(folder / "5-000.dcm"), small)
 
 
+def test_series_of_an_archive_are_found_at_depth(small: Volume, tmp_path: Path) -> None:
+    deep = [f"p{n}/study/series" for n in (1, 2)] + ["p3/a/b/c/d/e/f/series"]
+    for n, inside in enumerate(deep):
+        write_series(tmp_path / "archive" / inside, small, uid=f"2.25.{n + 5}")
+    write_series(tmp_path / "archive" / "p4/a/b/c/d/e/f/g/too_deep", small)
+    archive = tmp_path / "archive"
+    (archive / "p1/study/again").symlink_to(archive, target_is_directory=True)
+    (archive / "p2/study/here").symlink_to(".", target_is_directory=True)
+    (archive / "p1/study/scan.nii.gz").write_bytes(b"")
+    (archive / "p1/study/series/deeper.nii.gz").write_bytes(b"")
+    expected = {inside: archive / inside for inside in deep}
+    assert find_scans(archive) == expected | {"p1/study/scan": archive / "p1/study/scan.nii.gz"}
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -466,7 +480,7 @@ def test_what_a_dicom_seg_says(small: Volume, tmp_path: Path) -> None:
 
 
 def test_dicom_seg_needs_a_series_and_a_folder(
-    series: Path, scan_file: Path, model_file: Path, tmp_path: Path, capsys: Any
+    small: Volume, series: Path, scan_file: Path, model_file: Path, tmp_path: Path, capsys: Any
 ) -> None:
     common = ["-m", str(model_file), "-ot", "dicom_seg"]
     assert run(["segment", "-i", str(scan_file), "-o", str(tmp_path / "o"), *common]) == 1
@@ -475,6 +489,9 @@ def test_dicom_seg_needs_a_series_and_a_folder(
     assert "needs a folder" in capsys.readouterr().err
     assert run(["segment", "-i", str(series), "-o", str(tmp_path / "o"), *common, "-ot", "x"]) == 2
     assert not list(tmp_path.iterdir())
+    bare = write_series(tmp_path / "s", small, _set("StudyInstanceUID", ""))
+    assert run(["segment", "-i", str(bare), "-o", str(tmp_path / "o"), *common]) == 1
+    assert "s: has no StudyInstanceUID" in capsys.readouterr().err
     result = segment(scan_file, model_file)
     with pytest.raises(ValueError, match="no DICOM series"):
         result.save(tmp_path / "o", types=("dicom_seg",))
