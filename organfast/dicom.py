@@ -389,7 +389,7 @@ def _headers(path: StrPath, files: Sequence[_File]) -> list[_Header]:
         except _Unreadable:
             raise InputError(
                 path,
-                f"holds {_shown(file)}, whose header cannot be read",
+                f"holds {_shown(file)}, whose DICOM header cannot be read",
                 "copy or export it again, or take it away if it is no part of the series",
             ) from None
         headers.append(_Header(file, tags, patient))

@@ -314,7 +314,7 @@ def test_truncated_and_foreign_files(small: Volume, tmp_path: Path) -> None:
     modality = whole.index(b"CS\2\0CT")
     for n_bytes in (132, 180, 200, 240, modality - 20, modality, modality + 5):
         file.write_bytes(whole[:n_bytes])
-        with pytest.raises(InputError, match=r"000\.dcm, whose header cannot be read"):
+        with pytest.raises(InputError, match=r"000\.dcm, whose DICOM header cannot"):
             read_series(folder)
     for n_bytes in range(modality + 6, whole.index(b"\xe0\x7f\x10\0"), 7):
         file.write_bytes(whole[:n_bytes])
@@ -534,12 +534,15 @@ def test_no_planted_value_reaches_an_output(
     volume: Volume, model_file: Path, tmp_path: Path
 ) -> None:
     planted: set[bytes] = set()
-    thick = Volume(volume.hu[:, :, ::6], volume.affine * [1, 1, 6, 1])
+    # Thousands of tags take their time: few slices.
+    step = volume.hu.shape[2] // 4
+    thick = Volume(volume.hu[:, :, ::step], volume.affine * [1, 1, step, 1])
     folder = write_series(
         tmp_path / "series", thick, lambda dataset, n: planted.update(plant(dataset))
     )
     assert len(planted) > 4000
-    assert sum(value in (folder / "000.dcm").read_bytes() for value in planted) > 4000
+    whole = (folder / "000.dcm").read_bytes()
+    assert sum(value in whole for value in planted) > 4000
     program = [sys.executable, "-m", "organfast"]
     arguments = ["-i", str(folder), "-m", str(model_file), "--json", "--debug"]
     out = ["-o", str(tmp_path / "out"), "-ot", "nifti", "-ot", "dicom_seg", "--probabilities"]
