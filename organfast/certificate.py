@@ -20,7 +20,6 @@ from organfast.body import body_mask
 from organfast.errors import is_whole
 from organfast.grid import BlockGrid
 from organfast.models.classifier import Model, load_model
-from organfast.nifti import as_scan
 from organfast.pipeline import Settings
 from organfast.probability import (
     BACKGROUND,
@@ -34,6 +33,7 @@ from organfast.probability import (
 from organfast.progress import Progress, silent
 from organfast.recomputation import recomputed_probabilities
 from organfast.sampling import on_model_grid
+from organfast.scans import as_scan
 from organfast.verification import Verification, verify
 from organfast.workers import Workers
 

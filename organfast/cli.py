@@ -59,7 +59,12 @@ app = typer.Typer(
 
 Scans = Annotated[
     list[Path],
-    typer.Option("-i", "--input", help="A scan (.nii, .nii.gz) or a folder of scans; repeatable."),
+    typer.Option(
+        "-i",
+        "--input",
+        help="A scan (.nii, .nii.gz, or a DICOM series: its folder, a zip, FOLDER#N for one "
+        "series of several) or a folder of scans; repeatable.",
+    ),
 ]
 ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
 Stride = Annotated[
@@ -379,6 +384,14 @@ def segment(
             help="No confidence: the same labels sooner, at stride 1 with a native model.",
         ),
     ] = False,
+    output_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-ot",
+            "--output-type",
+            help="nifti, or dicom_seg for a DICOM series; repeatable. Default: nifti.",
+        ),
+    ] = None,
     preview: Annotated[bool, typer.Option(help="Draw overlay.png.")] = True,
     report: Annotated[
         bool, typer.Option("--report", help="Write report.html: a viewer in one page, offline.")
@@ -393,6 +406,7 @@ def segment(
     from organfast.results import is_one_file
     from organfast.segmentation import Cleaning
 
+    types = _output_types(output_type, out)
     targets = _targets(scans, out)
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
@@ -416,16 +430,18 @@ def segment(
     settings = _with_shortcuts(settings, asked, preset, (model, loaded))
 
     def save(result: Result, target: Path) -> None:
-        result.save(target, preview=preview, probabilities=kept, report=report)
+        result.save(target, preview=preview, probabilities=kept, report=report, types=types)
 
-    failed = _segment_all(targets, loaded, settings, save, threads=threads, as_json=as_json)
+    usable = _for_dicom_seg(targets) if "dicom_seg" in types else targets
+    failed = len(targets) - len(usable)
+    failed += _segment_all(usable, loaded, settings, save, threads=threads, as_json=as_json)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED if failed < len(targets) else EXIT_INPUT)
 
 
 @app.command()
 def locate(
-    scan: Annotated[Path, typer.Option("-i", "--input", help="A scan (.nii, .nii.gz).")],
+    scan: Annotated[Path, typer.Option("-i", "--input", help="A scan, as for segment.")],
     model: ModelFile,
     stride: Stride = None,
     preset: Preset = None,
@@ -504,7 +520,7 @@ def calibrate(
 
 @app.command()
 def verify(
-    scan: Annotated[Path, typer.Argument(help="A scan (.nii, .nii.gz).")],
+    scan: Annotated[Path, typer.Argument(help="A scan, as for segment.")],
     model: ModelFile,
     coarse_to_fine: CoarseToFine = False,
     margin: Margin = None,
@@ -1027,12 +1043,40 @@ def _split(path: Path, dataset: Dataset) -> Split:
     return split
 
 
+def _output_types(given: list[str] | None, out: Path) -> tuple[str, ...]:
+    from organfast.results import OUTPUT_TYPES, is_one_file
+
+    types = tuple(dict.fromkeys(given or ["nifti"]))
+    for name in types:
+        if name not in OUTPUT_TYPES:
+            known = " or ".join(OUTPUT_TYPES)
+            raise typer.BadParameter(f"{name!r} is unknown; use {known}", param_hint="-ot")
+    if types != ("nifti",) and is_one_file(out):
+        raise ValueError(f"-ot dicom_seg needs a folder, and {out} is one file")
+    return types
+
+
+def _for_dicom_seg(targets: dict[Path, Path]) -> dict[Path, Path]:
+    """The scans that a DICOM SEG can be written for; of the others is said why not."""
+    from organfast.dicom import check_is_dicom
+
+    usable = {}
+    for path, target in targets.items():
+        try:
+            check_is_dicom(path)
+        except InputError as error:
+            _complain(str(error))
+        else:
+            usable[path] = target
+    return usable
+
+
 def _targets(scans: list[Path], out: Path) -> dict[Path, Path]:
     """Scan -> where its result goes."""
     from organfast.layouts import find_scans
     from organfast.results import is_one_file
 
-    if len(scans) == 1 and not scans[0].is_dir():
+    if len(scans) == 1 and list(find_scans(scans[0]).values()) == scans:
         if out.resolve() == scans[0].resolve():
             raise ValueError(f"{out} is the scan itself; give another output")
         return {scans[0]: out}

@@ -48,6 +48,7 @@ from organfast.cases import (
     several,
 )
 from organfast.decathlon import find_msd, find_nnunet
+from organfast.dicom import is_dicom, list_series
 from organfast.errors import InputError
 from organfast.labeltables import NamesOf, label_names
 from organfast.nifti import Geometry, corners_apart_mm, read_labels, write_labels, write_volume
@@ -85,6 +86,8 @@ _VISCERAL = re.compile(
 _MASK_FOLDER = "segmentations"
 _MAP_FOLDER = "probabilities"
 _DEPTH = 2
+# Archive, patient, study, series, and what exports wrap around them.
+_DICOM_DEPTH = 8
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
 _CHUNK = 1 << 20
 # Writers round affines differently; a tenth of a voxel moves no label.
@@ -207,6 +210,9 @@ def find_cases(folder: str | PathLike[str], layout: str = "auto") -> Dataset:
 def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     """The scans to segment: a file itself, or those of a folder and its sub-folders.
 
+    DICOM files that lie in one folder, or in a zip that is given itself, are a scan for each CT
+    series among them, named like the folder, with ``series_N`` where there are several.
+
     Left out are what the layouts use for labels: ``labels``, ``segmentation(s)``, ``*_labels``,
     ``*_seg``, masks with VISCERAL's names and folders called ``segmentations``; and the folders
     ``probabilities`` of results.
@@ -214,13 +220,14 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     Parameters
     ----------
     path : str or PathLike
-        A file or a folder, of which two levels of sub-folders are searched.
+        A file or a folder. Two levels of sub-folders are searched; for DICOM eight, for archives
+        keep a folder for each patient, study and series. A link that leads back is not followed.
 
     Returns
     -------
     dict of str to Path
         Name -> file, sorted. The name is the path inside the folder without ending; a scan called
-        ``ct`` has the name of its sub-folder.
+        ``ct`` has the name of its sub-folder. Of several DICOM series each is ``PATH#N``.
 
     Raises
     ------
@@ -229,29 +236,51 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     """
     path = Path(path)
     if not path.is_dir():
+        if path.suffix.lower() == ".zip" and is_dicom(path):
+            return dict(_series_of(path, Path(path.stem)))
         return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
-    for name, file in sorted(_scans_in(path, Path(), _DEPTH)):
+    for name, file in sorted(_scans_in(path, Path())):
         if name in scans:
             raise several(path, [scans[name], file])
         scans[name] = file
+    if not scans and is_dicom(path):  # no CT: reading it says what it is
+        return {path.resolve().name: path}
     if not scans:
-        raise InputError(path, "holds no scan", "give a folder with .nii or .nii.gz files")
+        raise InputError(
+            path, "holds no scan", "give a folder with .nii or .nii.gz files, or of a DICOM series"
+        )
     return scans
 
 
-def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
+def _series_of(path: Path, inside: Path) -> list[tuple[str, Path]]:
+    """The DICOM scans that lie directly in a folder or zip."""
+    try:
+        choices = list(list_series(path))
+    except InputError:  # is one scan, which fails by itself when it is read
+        choices = [""]
+    if len(choices) == 1:
+        return [(inside.as_posix(), path)]
+    return [((inside / f"series_{n}").as_posix(), Path(f"{path}#{n}")) for n in choices]
+
+
+def _scans_in(folder: Path, inside: Path, around: tuple[Path, ...] = ()) -> list[tuple[str, Path]]:
     files, folders = list_folder(folder)
     scans = []
-    for stem, path in files.items():
-        match = _VISCERAL.fullmatch(stem)
-        if not (_is_label_map(stem) or (match and match["radlex"])):
-            of_folder = stem == "ct" and inside.name
-            scans.append(((inside if of_folder else inside / stem).as_posix(), path))
-    if depth:
+    if len(around) <= _DEPTH:
+        for stem, path in files.items():
+            match = _VISCERAL.fullmatch(stem)
+            if not (_is_label_map(stem) or (match and match["radlex"])):
+                of_folder = stem == "ct" and inside.name
+                scans.append(((inside if of_folder else inside / stem).as_posix(), path))
+    if is_dicom(folder):
+        own_name = inside if inside.name else Path(folder.resolve().name)
+        scans += _series_of(folder, own_name)
+    if len(around) < _DICOM_DEPTH:
+        around = (*around, folder.resolve())
         for name, sub_folder in folders.items():
-            if name not in (_MASK_FOLDER, _MAP_FOLDER):
-                scans += _scans_in(sub_folder, inside / name, depth - 1)
+            if name not in (_MASK_FOLDER, _MAP_FOLDER) and sub_folder.resolve() not in around:
+                scans += _scans_in(sub_folder, inside / name, around)
     return scans
 
 

@@ -36,10 +36,12 @@ __all__ = [
     "Geometry",
     "NotHU",
     "Scan",
-    "as_scan",
+    "accept_hu",
+    "check_is_hu",
     "corners_apart_mm",
     "encode_nifti",
     "file_digest",
+    "from_array",
     "from_nifti1image",
     "read_geometry",
     "read_labels",
@@ -180,12 +182,12 @@ def read_scan(path: StrPath) -> Scan:
     ------
     InputError
         The file cannot be read, is not one 3-D scalar volume with a usable affine, is damaged,
-        holds NaN or infinity, or cannot be in HU (see ``_check_hu``).
+        holds NaN or infinity, or cannot be in HU (see ``check_is_hu``).
     """
     with _opened(path) as source:
         header = _read_header(source)
-        hu, low, high = _read_voxels(source, header, np.dtype(np.int16), _accept_hu)
-        _check_hu(path, hu, low, high)
+        hu, low, high = _read_voxels(source, header, np.dtype(np.int16), accept_hu)
+        check_is_hu(path, hu, low, high)
     return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
 
 
@@ -307,34 +309,28 @@ def from_nifti1image(image: Any) -> Scan:
     return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
 
 
-def as_scan(source: Any) -> Scan:
-    """The scan in whatever a user holds it.
+def from_array(array: Any, affine: NDArray[np.float64]) -> Scan:
+    """A scan from numbers in memory; nothing is copied that is int16.
 
     Parameters
     ----------
-    source : path, nibabel image, Scan, Volume or (array, affine)
-        An array is 3-D in HU, its affine leads from voxel index to RAS+ mm.
+    array : (n_a, n_b, n_c) array of integers or floats, HU
+        The voxels.
+    affine : (4, 4) float64
+        Voxel index -> RAS+ mm.
 
     Raises
     ------
     ValueError
-        ``source`` is none of these.
+        The array is not 3-D or is empty.
     InputError
         As :func:`read_scan`.
     """
-    if isinstance(source, Scan):
-        return source
-    if isinstance(source, (str, PathLike)):
-        return read_scan(source)
-    if isinstance(source, Volume):
-        return Scan(source, Geometry.of_volume(source))
-    if isinstance(source, tuple) and len(source) == 2:
-        array = np.asarray(source[0])
-        if array.ndim != 3 or array.size == 0:
-            raise ValueError(f"the array has shape {array.shape}; give a 3-D array of HU")
-        volume = Volume(_hu_of_array("the given array", array, None), source[1])
-        return Scan(volume, Geometry.of_volume(volume))
-    return from_nifti1image(source)
+    array = np.asarray(array)
+    if array.ndim != 3 or array.size == 0:
+        raise ValueError(f"the array has shape {array.shape}; give a 3-D array of HU")
+    volume = Volume(_hu_of_array("the given array", array, None), affine)
+    return Scan(volume, Geometry.of_volume(volume))
 
 
 def file_digest(path: StrPath) -> str:
@@ -807,7 +803,25 @@ def _is_short(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "iu" and dtype.itemsize <= 2
 
 
-def _accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+def accept_hu(path: StrPath, values: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    """Values that an int16 can hold: whole HU, padding below it clipped.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Named in the error.
+    values : array
+        HU, integers or floats.
+    low, high : float
+        Their extremes.
+
+    Raises
+    ------
+    NotHU
+        A value above 32767.
+    InputError
+        NaN or infinity.
+    """
     _check_finite(path, low, high)
     if high > _INT16.max:
         raise NotHU(path, f"holds the value {high:g}, which is no HU", "give a CT scan in HU")
@@ -866,9 +880,9 @@ def _hu_of_array(
         for k in range(stored.shape[2]):
             values = _scaled(stored[:, :, k], scaling)
             extremes.append((float(values.min()), float(values.max())))
-            hu[:, :, k] = _accept_hu(path, values, *extremes[-1])
+            hu[:, :, k] = accept_hu(path, values, *extremes[-1])
         low, high = min(e[0] for e in extremes), max(e[1] for e in extremes)
-    _check_hu(path, hu, low, high)
+    check_is_hu(path, hu, low, high)
     return hu
 
 
@@ -883,7 +897,7 @@ _WINDOW_HU = -500
 _WINDOW_SHARE = 0.1
 
 
-def _check_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> None:
+def check_is_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> None:
     """Refuse numbers that cannot be HU of a patient.
 
     Refused: all voxels equal; a span (above -1024) of less than 50; no voxel in [-1024, -30], where
@@ -898,6 +912,11 @@ def _check_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> 
         Rounded and clipped voxels.
     low, high : float
         Extremes before rounding.
+
+    Raises
+    ------
+    NotHU
+        Any of these.
     """
     if low == high:
         raise NotHU(path, f"holds the value {low:g} everywhere", "give a CT scan in HU")

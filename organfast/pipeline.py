@@ -34,11 +34,12 @@ from organfast import __version__
 from organfast.anatomy import ClassTable
 from organfast.body import body_mask
 from organfast.curve import LOSSES
+from organfast.dicom import DicomScan, is_dicom
 from organfast.errors import InputError, is_whole
 from organfast.grid import BlockGrid, GridVolume
 from organfast.models.classifier import Classifier, Model, load_model
 from organfast.models.forest import Forest
-from organfast.nifti import Scan, as_scan, file_digest
+from organfast.nifti import Scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
     Enlargement,
@@ -52,6 +53,7 @@ from organfast.progress import Progress, silent
 from organfast.refinement import Refine, Visits, refined_slabs
 from organfast.results import Result, peak_memory_mb, too_large
 from organfast.sampling import on_model_grid
+from organfast.scans import as_scan
 from organfast.segmentation import Cleaning, clean, keep_labels
 from organfast.volume import Volume
 from organfast.workers import Workers
@@ -351,14 +353,16 @@ def _name(source: Any) -> str:
 
 
 def _read(source: Any) -> _Input:
-    """A scan; its file is hashed while it is inflated."""
+    """A scan; its file is hashed while it is inflated, those of a series as they are decoded."""
     start = time.perf_counter()
-    if not isinstance(source, (str, PathLike)):
-        return _Input(_name(source), as_scan(source), None, time.perf_counter() - start)
-    with ThreadPoolExecutor(1, thread_name_prefix="organfast-digest") as beside:
-        digest = beside.submit(file_digest, source)
+    if not isinstance(source, (str, PathLike)) or is_dicom(source):
         scan = as_scan(source)
-        return _Input(_name(source), scan, digest.result(), time.perf_counter() - start)
+        digest = scan.digest if isinstance(scan, DicomScan) else None
+        return _Input(_name(source), scan, digest, time.perf_counter() - start)
+    with ThreadPoolExecutor(1, thread_name_prefix="organfast-digest") as beside:
+        hashing = beside.submit(file_digest, source)
+        scan = as_scan(source)
+        return _Input(_name(source), scan, hashing.result(), time.perf_counter() - start)
 
 
 def _segment(

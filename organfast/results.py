@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
+from organfast.dicom import DicomScan, write_segmentation
 from organfast.errors import InputError
 from organfast.nifti import Scan, write_labels, write_probability
 from organfast.organs import Organ, organs_csv, organs_json
 
 __all__ = [
+    "OUTPUT_TYPES",
     "Result",
     "check_file_target",
     "check_target",
@@ -35,10 +37,13 @@ __all__ = [
 
 RUN_RECORD = "run.json"
 REPORT = "report.html"
+# How a label map is written: its file in a result's folder.
+OUTPUT_TYPES = {"nifti": "segmentation.nii.gz", "dicom_seg": "segmentation.dcm"}
 # What a folder may hold to count as an earlier result, and be replaced.
 _CONTENT = frozenset(
     {
-        *("segmentation.nii.gz", "organs.json", "organs.csv", RUN_RECORD, "timings.json"),
+        *OUTPUT_TYPES.values(),
+        *("organs.json", "organs.csv", RUN_RECORD, "timings.json"),
         *("labels.json", "labels_itksnap.txt", "labels_slicer.ctbl"),
         *("overlay.png", "probabilities", REPORT),
     }
@@ -156,6 +161,7 @@ class Result:
         preview: bool = True,
         probabilities: Sequence[str] = (),
         report: bool = False,
+        types: Sequence[str] = ("nifti",),
     ) -> None:
         """Write the result: a folder with everything, or a label map alone.
 
@@ -174,6 +180,9 @@ class Result:
             Organs whose full-size maps go to ``probabilities/NAME.nii.gz``.
         report : bool
             Write ``report.html``, too; see :meth:`report`.
+        types : sequence of {"nifti", "dicom_seg"}
+            How to write the label map: ``segmentation.nii.gz``, ``segmentation.dcm`` or both. A
+            DICOM SEG refers to the DICOM series that was segmented.
 
         Raises
         ------
@@ -182,13 +191,19 @@ class Result:
             something else.
         ValueError
             An organ is not in the class table, or its map or a report is to go into one file with
-            the labels.
+            the labels; a type is unknown, or DICOM SEG is asked for a scan that is no DICOM series.
         """
         target = Path(out)
         for name in probabilities:
             self.classes.index(name)
+        if not types or not set(types) <= set(OUTPUT_TYPES):
+            raise ValueError(f"types are {types!r}; use {' and '.join(OUTPUT_TYPES)}")
+        if "dicom_seg" in types and not isinstance(self.scan, DicomScan):
+            raise ValueError("the scan is no DICOM series, which a DICOM SEG has to refer to")
         check_target(target)
         if is_one_file(target):
+            if set(types) != {"nifti"}:
+                raise ValueError(f"{target} is one NIfTI file; give a folder for DICOM SEG")
             if probabilities:
                 raise ValueError(f"{target} is one file; give a folder to hold probabilities, too")
             if report:
@@ -206,7 +221,7 @@ class Result:
             raise _unwritable(target, error) from None
         try:
             with _memory_for(target):
-                self._write(beside, preview, probabilities)
+                self._write(beside, preview, probabilities, types)
                 if report:
                     self.report(beside / REPORT)
             _swap(beside, place)
@@ -217,9 +232,16 @@ class Result:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
-    def _write(self, folder: Path, preview: bool, probabilities: Sequence[str]) -> None:
+    def _write(
+        self, folder: Path, preview: bool, probabilities: Sequence[str], types: Sequence[str]
+    ) -> None:
         start = time.perf_counter()
-        write_labels(folder / "segmentation.nii.gz", self.labels, self.scan.geometry)
+        if "nifti" in types:
+            write_labels(folder / OUTPUT_TYPES["nifti"], self.labels, self.scan.geometry)
+        if "dicom_seg" in types and isinstance(self.scan, DicomScan):
+            origin = {"version": self.record["organfast"], "model": self.record["model"]}
+            path = folder / OUTPUT_TYPES["dicom_seg"]
+            write_segmentation(path, self.labels, self.scan, self.classes, origin)
         texts = {
             "organs.json": organs_json(self.organs),
             "organs.csv": organs_csv(self.organs),
@@ -402,7 +424,8 @@ def _check_folder(folder: Path) -> None:
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace what is neither empty nor an earlier result and nothing else."""
     content = {entry.name for entry in folder.iterdir()}
-    if content and not {RUN_RECORD, "segmentation.nii.gz"} <= content <= _CONTENT:
+    is_result = RUN_RECORD in content and not content.isdisjoint(OUTPUT_TYPES.values())
+    if content and not (is_result and content <= _CONTENT):
         raise InputError(folder, "is a folder that holds other files", "give a new or empty folder")
     if os.path.ismount(folder) or folder.samefile(Path.cwd()):
         raise InputError(

@@ -40,11 +40,12 @@ from organfast.learning import Recipe, case_digests
 from organfast.metrics import confusion, dice_from_confusion, label_pair
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.models.forest import Forest
-from organfast.nifti import Scan, as_scan
+from organfast.nifti import Scan
 from organfast.pipeline import Settings, segment
 from organfast.progress import Progress, silent
 from organfast.refinement import Refine
 from organfast.results import too_large
+from organfast.scans import as_scan
 from organfast.scorebook import Failure
 
 __all__ = [

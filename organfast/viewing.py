@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
+from organfast.dicom import DicomScan
 from organfast.errors import InputError
 from organfast.evaluation import case_pictures
 from organfast.evaluationreport import evaluation_page
@@ -19,12 +20,12 @@ from organfast.nifti import (
     read_geometry,
     read_labels,
     read_probability,
-    read_scan,
 )
 from organfast.organs import organs_from_json
 from organfast.page import write_page
 from organfast.report import Segmented, scan_page
 from organfast.results import REPORT, RUN_RECORD
+from organfast.scans import as_scan
 from organfast.scorebook import Evaluation
 from organfast.volume import Volume
 
@@ -97,13 +98,19 @@ def _result_page(out: Path, scan: StrPath | None) -> str:
     rows = json.loads((out / "labels.json").read_text("utf-8"))
     classes = ClassTable.from_dict([{k: v for k, v in r.items() if k != "label"} for r in rows])
     organs = organs_from_json((out / "organs.json").read_text("utf-8"))
+    if not (out / "segmentation.nii.gz").exists():
+        raise InputError(
+            out, "holds no label map to show but a DICOM SEG", "segment with -ot nifti, too"
+        )
     labels, affine = read_labels(out / "segmentation.nii.gz")
     if scan is None:
         volume, name = Volume(np.zeros(labels.shape, np.int16), affine), "a scan (labels alone)"
     else:
-        if record["input"] not in (None, file_digest(scan)):
+        given = as_scan(scan)
+        digest = given.digest if isinstance(given, DicomScan) else file_digest(scan)
+        if record["input"] not in (None, digest):
             raise InputError(scan, f"is not the scan that {out} was made of", "give that scan")
-        volume, name = read_scan(scan).volume, Path(scan).name
+        volume, name = given.volume, Path(scan).name
         if volume.hu.shape != labels.shape:
             raise InputError(scan, f"does not fit the labels in {out}", "give the scan of these")
     working = volume.orientation.working

@@ -16,7 +16,17 @@ COLUMNS = [
     ["errors", "progress", "workers", "surfaces", "statistics", "calibration", "curve"],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
-    ["nifti", "decathlon", "blockfiles", "layouts", "phantom", "torso", "painting"],
+    [
+        "nifti",
+        "dicom",
+        "scans",
+        "decathlon",
+        "blockfiles",
+        "layouts",
+        "phantom",
+        "torso",
+        "painting",
+    ],
     ["grid", "levels", "body", "display", "page"],
     ["blocks", "sampling", "augmentation"],
     [
@@ -109,6 +119,14 @@ def test_only_the_command_line_prints() -> None:
             assert not is_print, f"{path.name} prints"
 
 
+def test_only_dicom_imports_pydicom_and_highdicom() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "dicom.py":
+            text = path.read_text("utf-8")
+            assert "import pydicom" not in text, path.name
+            assert "import highdicom" not in text, path.name
+
+
 def test_only_nifti_imports_nibabel() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.name not in ("nifti.py", "benchcases.py"):  # which times it as a peer
@@ -122,7 +140,7 @@ def test_only_nifti_imports_nibabel() -> None:
         ("import organfast.cli", ["scipy", "numba", "nibabel", "sklearn", "matplotlib"]),
         (
             "import organfast.pipeline, organfast.models.forest, organfast.probability",
-            ["numba", "sklearn", "jax", "matplotlib"],
+            ["numba", "sklearn", "jax", "matplotlib", "pydicom", "highdicom"],
         ),
     ],
 )

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from organfast.errors import InputError
 from organfast.nifti import (
     Geometry,
-    as_scan,
     corners_apart_mm,
     file_digest,
     from_nifti1image,
@@ -32,6 +31,7 @@ from organfast.nifti import (
     write_probability,
     write_volume,
 )
+from organfast.scans import as_scan
 from organfast.volume import Volume
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

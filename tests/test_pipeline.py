@@ -27,7 +27,7 @@ from organfast.learning import Recipe, train
 from organfast.metrics import centroid_error_mm, dice_per_class
 from organfast.models.classifier import Model, load_model, save_model
 from organfast.models.forest import Forest, ForestSettings
-from organfast.nifti import as_scan, read_geometry, read_labels, write_volume
+from organfast.nifti import read_geometry, read_labels, write_volume
 from organfast.organs import measure_organs, organs_json
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom
@@ -36,6 +36,7 @@ from organfast.probability import SliceClassifier, probability_slabs
 from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.sampling import Split
+from organfast.scans import as_scan
 from organfast.segmentation import Cleaning
 from organfast.volume import Volume
 from organfast.workers import Workers
