@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.dicom import DicomScan
+from organfast.dicom import is_dicom, read_series
 from organfast.errors import InputError
 from organfast.evaluation import case_pictures
 from organfast.evaluationreport import evaluation_page
@@ -106,11 +106,10 @@ def _result_page(out: Path, scan: StrPath | None) -> str:
     if scan is None:
         volume, name = Volume(np.zeros(labels.shape, np.int16), affine), "a scan (labels alone)"
     else:
-        given = as_scan(scan)
-        digest = given.digest if isinstance(given, DicomScan) else file_digest(scan)
+        digest = read_series(scan).digest if is_dicom(scan) else file_digest(scan)
         if record["input"] not in (None, digest):
             raise InputError(scan, f"is not the scan that {out} was made of", "give that scan")
-        volume, name = given.volume, Path(scan).name
+        volume, name = as_scan(scan).volume, Path(scan).name
         if volume.hu.shape != labels.shape:
             raise InputError(scan, f"does not fit the labels in {out}", "give the scan of these")
     working = volume.orientation.working

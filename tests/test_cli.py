@@ -454,6 +454,8 @@ def test_run_json_tells_how_but_not_where(segmented: Segmented, model_file: Path
     assert record["model"] == load_model(model_file).digest
     assert record["input"] == sha256(segmented.scan.read_bytes()).hexdigest()
     assert record["settings"] == {
+        "preset": None,
+        "trees": None,
         "stride": [3, 3, 2],
         "organs": ["liver", "lung_left"],
         "cleaning": {"keep": "largest", "dust_ml": 0.5, "fill_holes": True},
@@ -1346,7 +1348,6 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "margin without end": ((*SEGMENT, "--coarse-to-fine", "--margin", "inf"), "margin is inf"),
     "two shortcuts": ((*SEGMENT, "--coarse-to-fine", "--labels-only"), "labels alone leave no"),
     "maps of labels": ((*SEGMENT, "--probabilities", "--labels-only"), "labels alone leave no"),
-    "no shortcut": (("verify", "SCAN", "-m", "MODEL"), "no shortcut to verify; give --coarse"),
     "maps in one file": (
         ("segment", "-i", "SCAN", "-o", "o.nii.gz", "-m", "MODEL", "--probabilities"),
         "--probabilities needs a folder",
