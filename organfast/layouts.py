@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,10 @@ __all__ = [
     "grid_mismatch",
     "inside_of",
     "is_doubtful",
+    "is_no_scan",
     "is_region",
     "lies_in",
+    "scan_name",
     "write_case",
 ]
 
@@ -214,7 +216,8 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     Parameters
     ----------
     path : str or PathLike
-        A file or a folder, of which two levels of sub-folders are searched.
+        A file or a folder. All its sub-folders are searched but hidden ones; a link to a folder is
+        followed unless that is searched anyway.
 
     Returns
     -------
@@ -231,7 +234,7 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     if not path.is_dir():
         return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
-    for name, file in sorted(_scans_in(path, Path(), _DEPTH)):
+    for name, file in sorted(_scans_in(path, Path(), [path.resolve()])):
         if name in scans:
             raise several(path, [scans[name], file])
         scans[name] = file
@@ -240,18 +243,47 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     return scans
 
 
-def _scans_in(folder: Path, inside: Path, depth: int) -> list[tuple[str, Path]]:
+def is_no_scan(path: PurePath) -> bool:
+    """Whether a file is a label map, a mask or a probability map, by its name and its folder's.
+
+    Parameters
+    ----------
+    path : PurePath
+        Of a NIfTI file.
+    """
+    stem = nifti_stem(path.name) or path.name
+    match = _VISCERAL.fullmatch(stem)
+    is_mask = match is not None and match["radlex"] is not None
+    return is_mask or _is_label_map(stem) or path.parent.name in (_MASK_FOLDER, _MAP_FOLDER)
+
+
+def scan_name(inside: PurePath) -> str:
+    """What a scan is called: its path without ending; ``ct`` has the name of its folder.
+
+    Parameters
+    ----------
+    inside : PurePath
+        Of the file, inside the folder that was given.
+    """
+    named = inside.with_name(nifti_stem(inside.name) or inside.name)
+    return (named.parent if named.name == "ct" and named.parent.name else named).as_posix()
+
+
+def _scans_in(folder: Path, inside: Path, roots: list[Path]) -> list[tuple[str, Path]]:
+    """``roots``: real folders that are searched whole; a link into them leads nowhere new."""
     files, folders = list_folder(folder)
-    scans = []
-    for stem, path in files.items():
-        match = _VISCERAL.fullmatch(stem)
-        if not (_is_label_map(stem) or (match and match["radlex"])):
-            of_folder = stem == "ct" and inside.name
-            scans.append(((inside if of_folder else inside / stem).as_posix(), path))
-    if depth:
-        for name, sub_folder in folders.items():
-            if name not in (_MASK_FOLDER, _MAP_FOLDER):
-                scans += _scans_in(sub_folder, inside / name, depth - 1)
+    scans = [
+        (scan_name(inside / path.name), path) for path in files.values() if not is_no_scan(path)
+    ]
+    for name, sub_folder in folders.items():
+        if name in (_MASK_FOLDER, _MAP_FOLDER):
+            continue
+        if sub_folder.is_symlink():
+            real = sub_folder.resolve()
+            if any(real.is_relative_to(root) for root in roots):
+                continue
+            roots.append(real)
+        scans += _scans_in(sub_folder, inside / name, roots)
     return scans
 
 

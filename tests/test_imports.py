@@ -49,6 +49,7 @@ COLUMNS = [
         "certificate",
         "sweep",
     ],
+    ["ledger", "memory", "batchinputs", "batchworker", "batch"],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
 ]
