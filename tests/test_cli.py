@@ -1454,7 +1454,7 @@ def test_output_goes_where_it_was_sent(
     (told,) = [json.loads(line) for line in out.decode().splitlines()]
     assert told["input"] == str(odd)
     assert Path(told["output"], "run.json").is_file()
-    assert b"segmenting" in seen
+    assert b"scans" in seen
     assert b"is empty; copy or export it again" in seen
 
 
