@@ -31,7 +31,7 @@ from organfast.batchinputs import BatchInput, find_inputs, is_in_shard
 from organfast.batchworker import Job, Outcome, Outputs, Ready, loaded
 from organfast.errors import InputError, is_whole
 from organfast.ledger import Ledger, failure
-from organfast.memory import resident_bytes, scan_bytes
+from organfast.memory import LIBRARIES, resident_bytes, scan_bytes
 from organfast.models.classifier import Model
 from organfast.pipeline import Settings, check_settings
 from organfast.progress import Progress, silent
@@ -360,7 +360,7 @@ class _Batch:
                 yield from self._buried(member)
                 continue
             if isinstance(message, Ready):
-                member.bytes = message.bytes
+                member.bytes = message.bytes + LIBRARIES
             elif isinstance(message, Outcome):
                 del member.scans[message.scan.name]
                 yield from self._told(message)

@@ -1077,11 +1077,12 @@ def _check_place(scans: list[Path], out: Path, *, is_batch: bool, shard: str | N
 
 def _check_fits(scan: Path, model: Model, settings: Settings, plan: BatchPlan) -> None:
     """Refuse a scan that takes more memory than is allowed."""
-    from organfast.memory import resident_bytes, scan_bytes
+    from organfast.memory import LIBRARIES, resident_bytes, scan_bytes
 
     if plan.max_memory_gb is None:
         return
-    needs = (resident_bytes() + (scan_bytes(scan, model, settings) or 0)) / (1 << 30)
+    held = resident_bytes() + LIBRARIES
+    needs = (held + (scan_bytes(scan, model, settings) or 0)) / (1 << 30)
     if needs > plan.max_memory_gb:
         problem = f"needs about {needs:.2g} GB of memory, more than {plan.max_memory_gb:.3g} GB"
         raise InputError(scan, problem, "allow more (--max-memory), or crop the scan")

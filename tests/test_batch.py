@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from organfast.errors import InputError
 from organfast.ledger import Ledger, key_of, merge, tree_digests
 from organfast.memory import scan_bytes
 from organfast.models.classifier import load_model, save_model
+from organfast.nifti import write_volume
 
 BARE = Outputs(preview=False)
 NAMES = ("a.nii.gz", "p1/ct.nii.gz", "p2/deep/ct.nii.gz", "p3/Lungen_ärztlich.nii.gz", "q.nii")
@@ -296,7 +299,7 @@ def test_who_stops_asking_ends_the_workers(
     archive: Path, whole: Path, model_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    outcomes = segment_batch(archive, out, model_file, None, BARE, BatchPlan(workers=2))
+    outcomes = segment_batch(archive, out, model_file, None, BARE)
     next(outcomes)
     children = workers_of_this_process()
     assert children
@@ -364,22 +367,19 @@ class Killer:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed by /proc")
-@pytest.mark.parametrize(("times", "status"), [(1, "segmented"), (2, "failed")])
 def test_a_scan_that_kills_its_worker_twice_has_failed(
-    archive: Path, model_file: Path, tmp_path: Path, times: int, status: str
+    archive: Path, model_file: Path, tmp_path: Path
 ) -> None:
+    """And those that were in the same worker have not."""
     out, name = tmp_path / "out", "p2/deep/ct.nii.gz"
-    with Killer(out, name, times) as killer:
+    with Killer(out, name, times=2) as killer:
         outcomes = batch(archive, out, model_file)
-    assert killer.killed == times
-    assert statuses(outcomes) == {**dict.fromkeys(NAMES, "segmented"), name: status}
+    assert killer.killed == 2
+    assert statuses(outcomes) == {**dict.fromkeys(NAMES, "segmented"), name: "failed"}
     record = Ledger(out).record(name)
     assert record is not None
-    if status == "failed":
-        assert "twice (SIGKILL)" in str(record["error"])
-        assert not (out / "p2" / "deep").exists()
-    else:
-        assert record["error"] is None
+    assert "twice (SIGKILL)" in str(record["error"])
+    assert not (out / "p2" / "deep").exists()
 
 
 def test_a_worker_that_cannot_begin_is_an_error(
@@ -420,7 +420,9 @@ def test_a_scan_in_other_hands_is_left_there(
     assert outcomes == {**dict.fromkeys(NAMES, "segmented"), "p1/ct.nii.gz": "elsewhere"}
     assert not (out / "p1").exists()
     claim.release()
-    assert statuses(batch(archive, out, model_file))["p1/ct.nii.gz"] == "segmented"
+    again = Ledger(out).claim("p1/ct.nii.gz")
+    assert again is not None
+    again.release()
 
 
 def test_shards_merge_into_the_whole(
@@ -445,23 +447,28 @@ def test_shards_merge_into_the_whole(
     assert tree(out) == tree(whole)
 
 
-def test_shards_in_folders_of_their_own(
-    copied: Path, whole: Path, model_file: Path, tmp_path: Path
-) -> None:
-    outs = [tmp_path / "one", tmp_path / "two"]
-    for i, out in enumerate(outs, 1):
-        batch(copied, out, model_file, BatchPlan(shard=(i, 2)))
+def test_shards_in_folders_of_their_own(whole: Path, tmp_path: Path) -> None:
+    outs = [Path(shutil.copytree(whole, tmp_path / name)) for name in ("one", "two")]
+    paths = {
+        name: [out / ".batch" / "records" / f"{key_of(name)}.json" for out in outs]
+        for name in NAMES
+    }
+    for name, (first, second) in paths.items():
+        (second if is_in_shard(name, (1, 2)) else first).unlink()
     merged = merge(outs)
     assert not merged.missing
     assert not merged.failed
     assert (outs[0] / "batch.jsonl").read_bytes() == (whole / "batch.jsonl").read_bytes()
+    assert merge(outs[1:]).missing == tuple(n for n in NAMES if is_in_shard(n, (1, 2)))
+
     # A failure gives way to a success of another folder, and two successes must agree.
-    name = next(n for n in NAMES if is_in_shard(n, (1, 2)))
-    shutil.copy(copied / NAMES[2], copied / name)
-    if name == NAMES[2]:
-        shutil.copy(copied / NAMES[0], copied / name)
-    batch(copied, outs[1], model_file)
-    with pytest.raises(InputError, match=f"another result of {name}"):
+    name = next(n for n in NAMES if is_in_shard(n, (2, 2)))
+    success = json.loads(paths[name][1].read_text("utf-8"))
+    paths[name][0].write_text(json.dumps({**success, "files": {}, "error": "is empty"}))
+    assert not merge(outs).failed
+    assert [record["input"] for record in merge(outs[:1]).failed] == [name]
+    paths[name][0].write_text(json.dumps({**success, "model_sha256": "0"}))
+    with pytest.raises(InputError, match="another result of"):
         merge(outs)
     with pytest.raises(InputError, match="holds no batch"):
         merge([tmp_path])
@@ -487,7 +494,7 @@ def test_shards_part_the_names_and_stay() -> None:
 
 
 def test_a_scan_too_large_for_the_memory_allowed_is_refused_in_words(
-    archive: Path, model_file: Path, tmp_path: Path
+    archive: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()
@@ -506,6 +513,9 @@ def test_a_scan_too_large_for_the_memory_allowed_is_refused_in_words(
     assert refused.startswith("needs about 4.5 GB of memory beside the program"), refused
     assert "the 2 GB allowed" in refused
     assert not (out / "huge").exists()
+    single = ["segment", "-i", scans / "huge.nii", "-o", tmp_path / "one", "-m", model_file]
+    assert run([str(a) for a in (*single, "--max-memory", "2GB")]) == 1
+    assert re.search("needs about 4.* GB of memory, more than 2 GB", capsys.readouterr().err)
 
 
 def test_what_is_in_flight_stays_within_the_memory_allowed(
@@ -533,9 +543,42 @@ def test_bytes_of_a_scan_are_counted_from_its_header(archive: Path, model_file: 
     assert small is not None
     assert mapped is not None
     n = 50 * 50 * 20
-    assert mapped - small == n * (1 + 4)  # a byte a voxel, and a float32 of the same grid
+    # A byte a voxel, and a float32 a position.
+    assert mapped - small == n + 4 * (n // math.prod(model.stride))
     assert small >= n * (2 + 1 + 1 + 2)
     assert scan_bytes(archive / "missing.nii", model, of.Settings()) is None
+
+
+MEASURE = """
+import sys
+import organfast as of
+from organfast.batchworker import Outputs
+from organfast.memory import LIBRARIES, resident_bytes, scan_bytes
+from organfast.results import peak_memory_mb
+scan, out = sys.argv[1], sys.argv[3]
+model = of.load_model(sys.argv[2])
+before = resident_bytes()
+Outputs(preview=False).save(of.segment(scan, model), out)
+sys.stdout.write(f"{LIBRARIES + scan_bytes(scan, model, of.Settings())} ")
+sys.stdout.write(f"{peak_memory_mb() * 2**20 - before}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_estimate_covers_what_a_scan_takes(model_file: Path, tmp_path: Path) -> None:
+    """And is not so far above it that half of the memory would stay unused."""
+    hu = np.full((320, 320, 200), -1000, np.int16, order="F")
+    hu[40:280, 60:260] = 40
+    scan = tmp_path / "scan.nii.gz"
+    write_volume(scan, of.Volume(hu, np.diag([1.2, 1.2, 2.0, 1.0])))
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(scan), str(model_file), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    estimate, grown = map(float, measured.stdout.split())
+    assert grown <= estimate <= 2 * grown
 
 
 @pytest.fixture
