@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from organfast.anatomy import ClassTable as ClassTable
     from organfast.anatomy import Structure as Structure
     from organfast.augmentation import Augmentation as Augmentation
+    from organfast.batch import BatchPlan as BatchPlan
+    from organfast.batch import segment_batch as segment_batch
+    from organfast.batchworker import Outcome as Outcome
+    from organfast.batchworker import Outputs as Outputs
     from organfast.blocks import Block as Block
     from organfast.blocks import Context as Context
     from organfast.blocks import block_views as block_views
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Augmentation": "organfast.augmentation",
+    "BatchPlan": "organfast.batch",
     "Block": "organfast.blocks",
     "ClassTable": "organfast.anatomy",
     "Cleaning": "organfast.segmentation",
@@ -59,6 +64,8 @@ _HOMES = {
     "ModelGrid": "organfast.grid",
     "NetworkRecipe": "organfast.networklearning",
     "Organ": "organfast.organs",
+    "Outcome": "organfast.batchworker",
+    "Outputs": "organfast.batchworker",
     "Recipe": "organfast.learning",
     "Refine": "organfast.refinement",
     "Result": "organfast.results",
@@ -79,6 +86,7 @@ _HOMES = {
     "locate": "organfast.pipeline",
     "save_model": "organfast.models.classifier",
     "segment": "organfast.pipeline",
+    "segment_batch": "organfast.batch",
     "segment_many": "organfast.pipeline",
     "train": "organfast.learning",
 }
@@ -86,6 +94,7 @@ _HOMES = {
 __version__ = version("organfast")
 __all__ = [
     "Augmentation",
+    "BatchPlan",
     "Block",
     "ClassTable",
     "Cleaning",
@@ -97,6 +106,8 @@ __all__ = [
     "ModelGrid",
     "NetworkRecipe",
     "Organ",
+    "Outcome",
+    "Outputs",
     "Recipe",
     "Refine",
     "Result",
@@ -117,6 +128,7 @@ __all__ = [
     "locate",
     "save_model",
     "segment",
+    "segment_batch",
     "segment_many",
     "train",
 ]

@@ -8,13 +8,15 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +26,9 @@ from organfast.errors import InputError
 
 if TYPE_CHECKING:
     from organfast.anatomy import ClassTable
+    from organfast.batch import BatchPlan
+    from organfast.batchinputs import BatchInput
+    from organfast.batchworker import Outcome, Outputs
     from organfast.certificate import Certificate
     from organfast.curve import Curve
     from organfast.evaluation import Folds
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
     from organfast.pipeline import Settings
     from organfast.progress import Progress
     from organfast.refinement import Refine
-    from organfast.results import Result
     from organfast.sampling import Split
     from organfast.scorebook import Evaluation
     from organfast.statistics import PairedComparison
@@ -63,7 +67,8 @@ Scans = Annotated[
         "-i",
         "--input",
         help="A scan (.nii, .nii.gz, or a DICOM series: its folder, a zip, FOLDER#N for one "
-        "series of several) or a folder of scans; repeatable.",
+        "series of several), a folder of scans, a .txt list of paths, or a pattern in quotes; "
+        "repeatable.",
     ),
 ]
 ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
@@ -396,18 +401,44 @@ def segment(
     report: Annotated[
         bool, typer.Option("--report", help="Write report.html: a viewer in one page, offline.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Of several scans: processes, which share the threads.")
+    ] = 1,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory of all processes together, such as 2GB. Default: no limit."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Of several scans: only part i of N, as i/N, by the scans' names."),
+    ] = None,
     device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Segment scans: label map, organs, pictures. One scan fills OUT, several a folder each."""
+    """Segment scans: label map, organs, pictures. One scan fills OUT, several a folder each.
+
+    Of several, OUT/batch.jsonl has a record of each; the same command goes on where it was
+    interrupted. `organfast merge` puts the records of shards together.
+    """
+    from organfast.batch import BatchPlan
+    from organfast.batchinputs import find_inputs, parse_shard
+    from organfast.batchworker import Outputs
     from organfast.models.classifier import load_model
     from organfast.pipeline import Settings
     from organfast.results import is_one_file
     from organfast.segmentation import Cleaning
 
     types = _output_types(output_type, out)
-    targets = _targets(scans, out)
+    inputs = find_inputs(scans, out)
+    is_batch = len(scans) > 1 or [Path(one.path) for one in inputs] != scans
+    _check_place(scans, out, is_batch=is_batch, shard=shard)
+    plan = BatchPlan(
+        workers,
+        None if max_memory is None else _gigabytes("--max-memory", max_memory),
+        (1, 1) if shard is None else parse_shard(shard),
+        device,
+    )
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
     if report and is_one_file(out):
@@ -429,14 +460,43 @@ def segment(
     asked = (_stride(stride), coarse_to_fine, _refine(coarse_to_fine, margin), trees)
     settings = _with_shortcuts(settings, asked, preset, (model, loaded))
 
-    def save(result: Result, target: Path) -> None:
-        result.save(target, preview=preview, probabilities=kept, report=report, types=types)
+    outputs = Outputs(preview, kept, report, types)
+    if not is_batch:
+        outputs.check(scans[0])
+        _check_fits(scans[0], loaded, settings, plan)
+        _segment_one(scans[0], out, loaded, (settings, outputs), threads=threads, as_json=as_json)
+        return
+    how = (model, settings, outputs, plan)
+    raise typer.Exit(_segment_batch(inputs, out, how, threads=threads, as_json=as_json))
 
-    usable = _for_dicom_seg(targets) if "dicom_seg" in types else targets
-    failed = len(targets) - len(usable)
-    failed += _segment_all(usable, loaded, settings, save, threads=threads, as_json=as_json)
-    if failed:
-        raise typer.Exit(EXIT_SOME_FAILED if failed < len(targets) else EXIT_INPUT)
+
+@app.command()
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Output folders of `organfast segment` of several scans.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Put the records of a batch's shards together, and say which scans failed or are missing.
+
+    batch.jsonl, sorted by input, is written into the first folder; results stay where they are.
+    """
+    from organfast.ledger import merge as merge_records
+
+    merged = merge_records(folders)
+    n_failed, n_missing = len(merged.failed), len(merged.missing)
+    n_done = len(merged.records) - n_failed
+    for record in merged.failed:
+        _complain(f"{record['input']}: {record['error']}")
+    for name in merged.missing:
+        _complain(f"{name}: has not been segmented; run its shard, or the same command, again")
+    if as_json:
+        _json({"done": n_done, "failed": n_failed, "missing": n_missing})
+    else:
+        print(f"{n_done} scans done, {n_failed} failed, {n_missing} missing")
+        print(f"wrote {folders[0] / 'batch.jsonl'}")
+    if n_failed or n_missing:
+        raise typer.Exit(EXIT_SOME_FAILED if n_done else EXIT_INPUT)
 
 
 @app.command()
@@ -1056,43 +1116,31 @@ def _output_types(given: list[str] | None, out: Path) -> tuple[str, ...]:
     return types
 
 
-def _for_dicom_seg(targets: dict[Path, Path]) -> dict[Path, Path]:
-    """The scans that a DICOM SEG can be written for; of the others is said why not."""
-    from organfast.dicom import check_is_dicom
-
-    usable = {}
-    for path, target in targets.items():
-        try:
-            check_is_dicom(path)
-        except InputError as error:
-            _complain(str(error))
-        else:
-            usable[path] = target
-    return usable
-
-
-def _targets(scans: list[Path], out: Path) -> dict[Path, Path]:
-    """Scan -> where its result goes."""
-    from organfast.layouts import find_scans
+def _check_place(scans: list[Path], out: Path, *, is_batch: bool, shard: str | None) -> None:
+    """Refuse an output that one scan, or several, cannot have."""
     from organfast.results import is_one_file
 
-    if len(scans) == 1 and list(find_scans(scans[0]).values()) == scans:
-        if out.resolve() == scans[0].resolve():
-            raise ValueError(f"{out} is the scan itself; give another output")
-        return {scans[0]: out}
-    if is_one_file(out):
-        raise ValueError(f"{out} is one file, but there are several scans; give a folder")
-    source_of: dict[Path, Path] = {}
-    for given in scans:
-        for name, path in find_scans(given).items():
-            if (out / name) in source_of:
-                raise ValueError(f"two scans are called {name}; segment them into two folders")
-            source_of[out / name] = path
-    for target in source_of:
-        around = next((folder for folder in target.parents if folder in source_of), None)
-        if around is not None:
-            raise ValueError(f"the result {target} would lie in that of {source_of[around]}")
-    return {path: target for target, path in source_of.items()}
+    if is_batch:
+        if is_one_file(out):
+            raise ValueError(f"{out} is one file, but there are several scans; give a folder")
+        return
+    if out.resolve() == scans[0].resolve():
+        raise ValueError(f"{out} is the scan itself; give another output")
+    if shard is not None:
+        raise ValueError("--shard parts several scans, and there is one; leave it")
+
+
+def _check_fits(scan: Path, model: Model, settings: Settings, plan: BatchPlan) -> None:
+    """Refuse a scan that takes more memory than is allowed."""
+    from organfast.memory import LIBRARIES, resident_bytes, scan_bytes
+
+    if plan.max_memory_gb is None:
+        return
+    held = resident_bytes() + LIBRARIES
+    needs = (held + (scan_bytes(scan, model, settings) or 0)) / (1 << 30)
+    if needs > plan.max_memory_gb:
+        problem = f"needs about {needs:.2g} GB of memory, more than {plan.max_memory_gb:.3g} GB"
+        raise InputError(scan, problem, "allow more (--max-memory), or crop the scan")
 
 
 def _with_shortcuts(
@@ -1220,87 +1268,140 @@ def _kept(out: Path | None, is_needed: bool) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-# --- segmenting many ------------------------------------------------------------------------------
+# --- segmenting -----------------------------------------------------------------------------------
 
 
-def _segment_all(
-    targets: dict[Path, Path],
+def _segment_one(
+    scan: Path,
+    out: Path,
     model: Model,
-    settings: Settings,
-    save: Callable[[Result, Path], None],
+    how: tuple[Settings, Outputs],
+    *,
+    threads: int,
+    as_json: bool,
+) -> None:
+    from organfast.pipeline import segment as label
+    from organfast.results import check_target, too_large
+
+    settings, outputs = how
+    check_target(out)
+    with _progress() as progress:
+        try:
+            result = label(scan, model, settings, threads=threads, progress=progress)
+        except MemoryError:
+            raise too_large(scan) from None
+        # No file holds the confidence: its memory is for what writing takes.
+        result = replace(result, confidence=None)
+        outputs.save(result, out)
+    _warn(scan, result.warnings)
+    present = [organ for organ in result.organs.values() if organ.present]
+    if as_json:
+        volumes = {organ.name: round(organ.volume_ml, 3) for organ in present}
+        _json({"input": str(scan), "output": str(out), "organs_ml": volumes}, indent=None)
+        return
+    _organ_table(present)
+    seconds = sum(result.timings["seconds"].values())
+    print(f"{scan}: {len(present)} organs in {seconds:.1f} s -> {out}")
+
+
+def _segment_batch(
+    inputs: tuple[BatchInput, ...],
+    out: Path,
+    how: tuple[Path, Settings, Outputs, BatchPlan],
     *,
     threads: int,
     as_json: bool,
 ) -> int:
-    """Segment each scan, and save it while the next one is segmented. Returns failures.
+    """Segment several scans, tell of each as it ends, and return the exit code."""
+    from organfast.batch import segment_batch
+    from organfast.batchinputs import is_in_shard
 
-    A failed scan is one line, and the rest goes on.
-    """
-    from organfast.pipeline import segment_many
-    from organfast.results import check_target, saving
-
-    writable: dict[Path, Path] = {}
-    for path, target in targets.items():
+    total = sum(is_in_shard(one.name, how[3].shard) for one in inputs)
+    told = _ToldBatch(total, time.monotonic())
+    with _progress() as progress, _terminable():
+        outcomes = segment_batch(inputs, out, *how, threads=threads, progress=progress)
         try:
-            check_target(target)
-        except InputError as error:
+            for outcome in outcomes:
+                told.tell(outcome, out, as_json=as_json)
+        except InputError as error:  # and what was finished before stays
             _complain(str(error))
-        else:
-            writable[path] = target
-    due = iter(writable.items())
-    failed = len(targets) - len(writable)
-
-    def fail(error: InputError) -> None:
-        nonlocal failed
-        failed += 1
-        next(due)
-        _complain(str(error))
-
-    def written(announce: Callable[[], None], error: InputError | None) -> None:
-        nonlocal failed
-        if error is None:
-            announce()
-        else:
-            failed += 1
-            _complain(str(error))
-
-    with _progress() as progress, saving() as save_behind:
-        results = segment_many(
-            writable, model, settings, threads=threads, on_error=fail, progress=progress
-        )
-        for result in results:
-            path, target = next(due)
-            announce = partial(_announce, path, target, _Told.of(result), as_json)
-            # No file holds the confidence: its memory goes to the next scan.
-            slim = replace(result, confidence=None)
-            save_behind(partial(save, slim, target), partial(written, announce))
-            # Else they would stay in memory, though written, until the next one is there.
-            del result, slim
-    return failed
+            return EXIT_SOME_FAILED if told.n_done else EXIT_INPUT
+        except KeyboardInterrupt:
+            outcomes.close()
+            n_left = total - told.n_done - told.n_failed
+            _complain(
+                f"{out}: interrupted, {n_left} scans left; the same command goes on from here"
+            )
+            return EXIT_INPUT
+    if told.n_elsewhere:
+        _complain(f"note: {told.n_elsewhere} scans are in the hands of another run")
+    if not as_json:
+        kept = f" ({told.n_kept} by an earlier run)" if told.n_kept else ""
+        print(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {out / 'batch.jsonl'}")
+    if told.n_failed:
+        return EXIT_SOME_FAILED if told.n_failed < total else EXIT_INPUT
+    return 0
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What is said of a result once it is written, without its arrays."""
+@dataclass
+class _ToldBatch:
+    """How far a batch is, and what is said of each scan."""
 
-    organs: tuple[Organ, ...]
-    warnings: tuple[str, ...]
-    seconds: float
+    total: int
+    start: float
+    n_done: int = 0
+    n_kept: int = 0
+    n_failed: int = 0
+    n_elsewhere: int = 0
 
-    @staticmethod
-    def of(result: Result) -> _Told:
-        present = tuple(organ for organ in result.organs.values() if organ.present)
-        return _Told(present, result.warnings, sum(result.timings["seconds"].values()))
+    def tell(self, outcome: Outcome, out: Path, *, as_json: bool) -> None:
+        scan = outcome.scan
+        if outcome.error is not None:
+            self.n_failed += 1
+            _complain(str(outcome.error))
+            return
+        if outcome.status == "elsewhere":
+            self.n_elsewhere += 1
+            return
+        self.n_done += 1
+        self.n_kept += outcome.status == "kept"
+        target = out / scan.output
+        if as_json:
+            told = {"input": scan.path, "output": str(target), "organs_ml": outcome.organs_ml}
+            _json({**told, "status": outcome.status}, indent=None)
+        if outcome.status == "kept":
+            return
+        _warn(Path(scan.path), outcome.warnings)
+        if not as_json:
+            n_told = self.n_done + self.n_failed + self.n_elsewhere
+            print(
+                f"[{n_told}/{self.total}] {scan.path}: {len(outcome.organs_ml)} organs in "
+                f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}",
+                flush=True,
+            )
+
+    def _left(self, n_told: int) -> str:
+        n_left, n_new = self.total - n_told, n_told - self.n_kept
+        if not n_left:
+            return ""
+        seconds = (time.monotonic() - self.start) / n_new * n_left
+        for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+            if seconds >= 1.5 * size:
+                return f"; about {seconds / size:.0f} {unit} left"
+        return "; about a second left"
 
 
-def _announce(path: Path, target: Path, told: _Told, as_json: bool) -> None:
-    _warn(path, told.warnings)
-    if as_json:
-        volumes = {organ.name: round(organ.volume_ml, 3) for organ in told.organs}
-        _json({"input": str(path), "output": str(target), "organs_ml": volumes}, indent=None)
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is as good as Ctrl-C; only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    _organ_table(told.organs)
-    print(f"{path}: {len(told.organs)} organs in {told.seconds:.1f} s -> {target}")
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 # --- printing -------------------------------------------------------------------------------------

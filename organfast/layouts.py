@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,10 @@ __all__ = [
     "grid_mismatch",
     "inside_of",
     "is_doubtful",
+    "is_no_scan",
     "is_region",
     "lies_in",
+    "scan_name",
     "write_case",
 ]
 
@@ -84,10 +86,10 @@ _VISCERAL = re.compile(
     r"(?P<scan>(?P<patient>\d+)_\d+_CT[A-Za-z]*_[A-Za-z]+)(?:_(?P<radlex>\d+)_(?P<annotator>\d+))?"
 )
 _MASK_FOLDER = "segmentations"
+# Of a result of ours: a DICOM file, and no scan.
+_SEGMENTATION = "segmentation.dcm"
 _MAP_FOLDER = "probabilities"
 _DEPTH = 2
-# Archive, patient, study, series, and what exports wrap around them.
-_DICOM_DEPTH = 8
 # Voxels relabelled at a time: the index arrays NumPy makes of them take eight bytes each.
 _CHUNK = 1 << 20
 # Writers round affines differently; a tenth of a voxel moves no label.
@@ -220,8 +222,9 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
     Parameters
     ----------
     path : str or PathLike
-        A file or a folder. Two levels of sub-folders are searched; for DICOM eight, for archives
-        keep a folder for each patient, study and series. A link that leads back is not followed.
+        A file or a folder. All its sub-folders are searched but hidden ones, for archives keep a
+        folder for each patient, study and series; a link to a folder is followed unless that is
+        searched anyway.
 
     Returns
     -------
@@ -240,7 +243,7 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
             return dict(_series_of(path, Path(path.stem)))
         return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
-    for name, file in sorted(_scans_in(path, Path())):
+    for name, file in sorted(_scans_in(path, Path(), [path.resolve()])):
         if name in scans:
             raise several(path, [scans[name], file])
         scans[name] = file
@@ -264,23 +267,49 @@ def _series_of(path: Path, inside: Path) -> list[tuple[str, Path]]:
     return [((inside / f"series_{n}").as_posix(), Path(f"{path}#{n}")) for n in choices]
 
 
-def _scans_in(folder: Path, inside: Path, around: tuple[Path, ...] = ()) -> list[tuple[str, Path]]:
+def is_no_scan(path: PurePath) -> bool:
+    """Whether a file is a label map, a mask or a probability map, by its name and its folder's.
+
+    Parameters
+    ----------
+    path : PurePath
+        Of a NIfTI file.
+    """
+    stem = nifti_stem(path.name) or path.name
+    match = _VISCERAL.fullmatch(stem)
+    is_mask = match is not None and match["radlex"] is not None
+    return is_mask or _is_label_map(stem) or path.parent.name in (_MASK_FOLDER, _MAP_FOLDER)
+
+
+def scan_name(inside: PurePath) -> str:
+    """What a scan is called: its path without ending; ``ct`` has the name of its folder.
+
+    Parameters
+    ----------
+    inside : PurePath
+        Of the file, inside the folder that was given.
+    """
+    named = inside.with_name(nifti_stem(inside.name) or inside.name)
+    return (named.parent if named.name == "ct" and named.parent.name else named).as_posix()
+
+
+def _scans_in(folder: Path, inside: Path, roots: list[Path]) -> list[tuple[str, Path]]:
+    """``roots``: real folders that are searched whole; a link into them leads nowhere new."""
     files, folders = list_folder(folder)
-    scans = []
-    if len(around) <= _DEPTH:
-        for stem, path in files.items():
-            match = _VISCERAL.fullmatch(stem)
-            if not (_is_label_map(stem) or (match and match["radlex"])):
-                of_folder = stem == "ct" and inside.name
-                scans.append(((inside if of_folder else inside / stem).as_posix(), path))
-    if is_dicom(folder):
-        own_name = inside if inside.name else Path(folder.resolve().name)
-        scans += _series_of(folder, own_name)
-    if len(around) < _DICOM_DEPTH:
-        around = (*around, folder.resolve())
-        for name, sub_folder in folders.items():
-            if name not in (_MASK_FOLDER, _MAP_FOLDER) and sub_folder.resolve() not in around:
-                scans += _scans_in(sub_folder, inside / name, around)
+    scans = [
+        (scan_name(inside / path.name), path) for path in files.values() if not is_no_scan(path)
+    ]
+    if is_dicom(folder) and not (folder / _SEGMENTATION).exists():
+        scans += _series_of(folder, inside if inside.name else Path(folder.resolve().name))
+    for name, sub_folder in folders.items():
+        if name in (_MASK_FOLDER, _MAP_FOLDER):
+            continue
+        if sub_folder.is_symlink():
+            real = sub_folder.resolve()
+            if any(real.is_relative_to(root) for root in roots):
+                continue
+            roots.append(real)
+        scans += _scans_in(sub_folder, inside / name, roots)
     return scans
 
 

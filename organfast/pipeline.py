@@ -61,7 +61,7 @@ from organfast.workers import Workers
 FAR_SPACING = 1.25
 _END = object()
 
-__all__ = ["Settings", "half_as_dense", "locate", "segment", "segment_many"]
+__all__ = ["Settings", "check_settings", "half_as_dense", "locate", "segment", "segment_many"]
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ def segment(
     """
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
-    _check_labels_alone(settings, model)
-    _asked(model, settings)  # or say why not, before anything is read
+    check_settings(settings, model)
     with Workers(threads) as workers:
         return _segment(_read(scan), model, settings, workers, progress)
 
@@ -236,7 +235,8 @@ def segment_many(
     Parameters
     ----------
     scans : iterable
-        Each as for :func:`segment`.
+        Each as for :func:`segment`. None among them says that no more are known yet: those that
+        were read are segmented before the iterable is asked again.
     model : Model or path
         Loaded once.
     settings : Settings, optional
@@ -265,17 +265,17 @@ def segment_many(
         raise ValueError(f"scans is one path, {str(scans)!r}; give a list of them")
     model = model if isinstance(model, Model) else load_model(model)
     settings = settings or Settings()
-    _check_labels_alone(settings, model)
-    _asked(model, settings)  # or say why not, before anything is read
+    check_settings(settings, model)
     with (
         Workers(threads) as workers,
         ThreadPoolExecutor(1, thread_name_prefix="organfast-read") as reader,
     ):
         ahead: deque[tuple[Any, Future[_Input]]] = deque()
         for source in chain(scans, [_END]):
-            if source is not _END:
+            is_scan = source is not None and source is not _END
+            if is_scan:
                 ahead.append((source, reader.submit(_read, source)))
-            if len(ahead) > 1 or (source is _END and ahead):
+            if len(ahead) > 1 or (ahead and not is_scan):
                 given, reading = ahead.popleft()
                 try:
                     # No name is given to the result, which would keep it while the next computes.
@@ -524,6 +524,25 @@ def _stride(stride: int | tuple[int, int, int]) -> tuple[int, int, int]:
     """A user's stride (cols, rows, slices) as (k, i, j); an int visits every slice."""
     cols, rows, slices = stride if isinstance(stride, (tuple, list)) else (stride, stride, 1)
     return slices, rows, cols
+
+
+def check_settings(settings: Settings, model: Model) -> None:
+    """Refuse settings that a model cannot segment by, before anything is read.
+
+    Parameters
+    ----------
+    settings : Settings
+        How to segment.
+    model : Model
+        The model.
+
+    Raises
+    ------
+    ValueError
+        They do not fit the model.
+    """
+    _check_labels_alone(settings, model)
+    _asked(model, settings)
 
 
 def _check_labels_alone(settings: Settings, model: Model) -> None:

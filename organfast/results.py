@@ -32,6 +32,7 @@ __all__ = [
     "is_one_file",
     "peak_memory_mb",
     "saving",
+    "swap",
     "too_large",
 ]
 
@@ -224,7 +225,7 @@ class Result:
                 self._write(beside, preview, probabilities, types)
                 if report:
                     self.report(beside / REPORT)
-            _swap(beside, place)
+            swap(beside, place)
         except InputError as error:  # names the file as long as it lies beside
             raise InputError(target, error.problem, error.remedy) from None
         except OSError as error:
@@ -435,8 +436,21 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _swap(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of an earlier one, which goes last."""
+def swap(new: Path, target: Path) -> None:
+    """Put a finished folder in its place by a rename; an earlier one there goes last.
+
+    Parameters
+    ----------
+    new : Path
+        The folder; for a moment the earlier one lies beside it.
+    target : Path
+        Its place, on the same file system.
+
+    Raises
+    ------
+    OSError
+        It cannot be put there; the earlier one is in its place then.
+    """
     if not target.is_dir():
         os.rename(new, target)
         return

@@ -31,6 +31,8 @@ RESULT = {
     *("segmentation.nii.gz", "organs.json", "organs.csv", "run.json", "timings.json"),
     *("labels.json", "labels_itksnap.txt", "labels_slicer.ctbl"),
 }
+# What lies beside the results of several scans.
+BATCH = {".batch", "batch.jsonl", "timings.jsonl"}
 # Small and quick; what is learned does not matter.
 QUICK = ("--block-size", "5", "--spacing", "8,8,8", "--trees", "2", "--n-per-class", "20")
 
@@ -774,7 +776,7 @@ def test_one_bad_scan_does_not_stop_the_others(
         str(several / "deep" / "ct.nii.gz"),
     ]
     assert [t["output"] for t in told] == [str(out / "a"), str(out / "deep")]
-    assert {p.name for p in out.iterdir()} == {"a", "deep"}
+    assert {p.name for p in out.iterdir()} == {"a", "deep", *BATCH}
     for name in ("a", "deep"):
         assert files_of(out / name) == RESULT
 
@@ -800,7 +802,7 @@ def test_results_beside_the_scans_are_no_scans(
         assert ran.code == 0, ran.err
         assert len(ran.out.splitlines()) == 1
     assert (several / "a" / "probabilities" / "liver.nii.gz").exists()
-    assert {p.name for p in several.iterdir()} == {"a", "a.nii.gz", "a_seg.nii.gz"}
+    assert {p.name for p in several.iterdir()} == {"a", "a.nii.gz", "a_seg.nii.gz", *BATCH}
 
 
 def test_several_inputs(
@@ -809,7 +811,7 @@ def test_several_inputs(
     arguments = ("-o", tmp_path / "out", "-m", model_file, "--no-preview")
     ran = cli("segment", "-i", several / "a.nii.gz", "-i", small, *arguments)
     assert ran.code == 0, ran.err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "small"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "small", *BATCH}
 
     absent = tmp_path / "absent.nii.gz"
     ran = cli("segment", "-i", absent, "-i", small, *arguments)
@@ -834,7 +836,7 @@ def test_a_result_that_cannot_be_written_does_not_stop_the_others(
     told = [Path(json.loads(line)["output"]) for line in ran.out.splitlines()]
     assert told == [out / "a", out / "deep"]
     assert all(files_of(folder) == RESULT for folder in told)
-    assert {p.name for p in out.iterdir()} == {"a", "b", "deep"}
+    assert {p.name for p in out.iterdir()} == {"a", "b", "deep", *BATCH}
 
 
 CROWDED = """
@@ -868,7 +870,7 @@ def test_a_scan_too_large_for_memory_does_not_stop_the_others(
         f"organfast: {scans / 'b.nii.gz'}: needs more memory than there is; "
         "use a machine with more, or crop the scan"
     ]
-    assert {p.name for p in (tmp_path / "all").iterdir()} == {"a", "c"}
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {"a", "c", *BATCH}
 
 
 def test_all_scans_bad_is_an_input_error(
@@ -878,7 +880,7 @@ def test_all_scans_bad_is_an_input_error(
     ran = cli("segment", "-i", bad, "-i", tmp_path / "no", "-o", tmp_path / "o", "-m", model_file)
     assert ran.code == 1
     assert len(ran.err.splitlines()) == 2
-    assert not (tmp_path / "o").exists()
+    assert {p.name for p in (tmp_path / "o").iterdir()} == BATCH
 
 
 def test_scans_that_would_fill_one_folder(
@@ -1453,7 +1455,7 @@ def test_output_goes_where_it_was_sent(
     (told,) = [json.loads(line) for line in out.decode().splitlines()]
     assert told["input"] == str(odd)
     assert Path(told["output"], "run.json").is_file()
-    assert b"segmenting" in seen
+    assert b"scans" in seen
     assert b"is empty; copy or export it again" in seen
 
 

@@ -61,6 +61,7 @@ COLUMNS = [
         "sweep",
         "viewing",
     ],
+    ["ledger", "memory", "batchinputs", "batchworker", "batch"],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
 ]

@@ -20,6 +20,7 @@ PACKAGE = Path(organfast.__file__).parent
 
 FROZEN = [
     "Augmentation",
+    "BatchPlan",
     "Block",
     "ClassTable",
     "Cleaning",
@@ -31,6 +32,8 @@ FROZEN = [
     "ModelGrid",
     "NetworkRecipe",
     "Organ",
+    "Outcome",
+    "Outputs",
     "Recipe",
     "Refine",
     "Result",
@@ -51,6 +54,7 @@ FROZEN = [
     "locate",
     "save_model",
     "segment",
+    "segment_batch",
     "segment_many",
     "train",
 ]
