@@ -119,7 +119,7 @@ def reduction(shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) ->
         Of its voxels.
 
     >>> reduction((400, 512, 512), (1.0, 0.7, 0.7))
-    (2, 2, 2)
+    (2, 3, 3)
     >>> reduction((100, 256, 256), (5.0, 1.5, 1.5))
     (1, 1, 1)
     """
