@@ -16,8 +16,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -35,6 +33,7 @@ from organfast.blocks import Block, Context, pattern_on
 from organfast.calibration import brier_score, log_loss, reliability
 from organfast.curve import curve_csv
 from organfast.errors import InputError, is_whole
+from organfast.files import written_whole
 from organfast.layouts import Case, Dataset, case_labels, dataset_classes, find_cases
 from organfast.learning import Recipe, case_digests, probabilities_at, train
 from organfast.metrics import SCORES, confidence_histogram, confusion, score_labels
@@ -65,6 +64,7 @@ StrPath = str | PathLike[str]
 Folds = int | Literal["leave-one-out"] | Sequence[Split]
 
 WHAT = "evaluating cases"
+_WRITABLE = "give a folder you may write to"
 
 
 @dataclass(frozen=True)
@@ -790,19 +790,13 @@ def save_evaluation(evaluation: Evaluation, folder: StrPath) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".organfast-{secrets.token_hex(8)}.part")
-    try:
+    with written_whole(path, _WRITABLE) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
-    return InputError(path, f"cannot be written ({reason})", "give a folder you may write to")
+    return InputError(path, f"cannot be written ({reason})", _WRITABLE)
 
 
 def _json(content: Any) -> str:

@@ -14,20 +14,16 @@ Nothing here touches pyplot or its global state.
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
-from organfast.errors import InputError
+from organfast.files import written_whole
 from organfast.segmentation import Labels
 from organfast.volume import Volume
 
@@ -237,17 +233,8 @@ def save_png(figure: Figure, path: str | PathLike[str]) -> None:
     InputError
         The file cannot be written.
     """
-    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
-    try:
+    with written_whole(path) as beside:
         beside.write_bytes(png_bytes(figure))
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
-        ) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def _view(volume: Volume, labels: Labels | None, axis: int, index: int) -> _View:

@@ -10,16 +10,12 @@ import gzip
 import hashlib
 import html
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from organfast.errors import InputError
+from organfast.files import written_whole
 
 __all__ = ["asset", "data_block", "niivue", "page", "picture", "table", "text", "write_page"]
 
@@ -169,14 +165,5 @@ def write_page(content: str, path: str | PathLike[str]) -> None:
     InputError
         The file cannot be written.
     """
-    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
-    try:
+    with written_whole(path) as beside:
         beside.write_text(content, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
-        ) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()

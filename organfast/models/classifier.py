@@ -10,16 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -30,6 +26,7 @@ from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.calibration import Isotonic, Temperature, calibration_from_dict
 from organfast.curve import Curve
 from organfast.errors import InputError
+from organfast.files import written_whole
 from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
@@ -218,18 +215,8 @@ def save_model(model: Model, path: StrPath) -> None:
 
     # One metadata key: safetensors writes several in random order.
     content = save(model.classifier.arrays(), {_KEY: _text(model._header)})
-    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
-    try:
-        with open(beside, "xb") as file:
-            file.write(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
-        ) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+    with written_whole(path) as beside, open(beside, "xb") as file:
+        file.write(content)
 
 
 def load_model(path: StrPath) -> Model:

@@ -13,10 +13,7 @@ at once. A file is kept only if it gives what the model gives.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from organfast import __version__
 from organfast.errors import InputError
+from organfast.files import written_whole
 from organfast.models.architecture import Conv, Dense, Dropout, conv_padding, map_sizes
 from organfast.models.cnn import Cnn
 
@@ -121,8 +119,7 @@ def export_cnn(
         content, load = onnx_file(exact, about), _onnx_runner
     else:
         content, load = stablehlo_file(exact), _stablehlo_runner
-    beside = Path(path).parent / f".organfast-{secrets.token_hex(8)}.part"
-    try:
+    with written_whole(path) as beside:
         with open(beside, "xb") as file:
             file.write(content)
         off = _largest_difference(exact, load(beside))
@@ -132,14 +129,6 @@ def export_cnn(
                 f"the {to} file gives probabilities that differ from the model's by {off:.1e}",
                 "it was not kept; update the packages that read and write it",
             )
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            path, f"cannot be written ({error.strerror})", "give a folder with room to write in"
-        ) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 # --- ONNX -----------------------------------------------------------------------------------------
