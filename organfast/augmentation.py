@@ -36,6 +36,13 @@ UNMOVED_TISSUES = (
 patient; a table seldom names all muscles and bones. Air is air."""
 
 NODES_PER_GRAIN = 4
+THINNED = 3
+"""Every third voxel along each axis tells where an organ lies."""
+
+ORGAN_REACH = 1.3
+LEAST_REACH_MM = 25.0
+"""An organ moves what lies within 1.3 of its own deviations, or 25 mm, most."""
+
 STEEPEST = 0.6
 """Largest change of the displacement per length: below 1 nothing folds."""
 
@@ -48,6 +55,8 @@ N_BINS = 512
 _LIMITS: dict[str, tuple[float, float, str]] = {
     "elastic_mm": (0, 30, "mm"),
     "elastic_grain_mm": (20, 1000, "mm"),
+    "organ_mm": (0, 30, "mm"),
+    "organ_size": (0, 0.4, "(0.1 = 10 %)"),
     "stretch": (0, 0.3, "(0.05 = 5 %)"),
     "rotation_deg": (0, 45, "degrees"),
     "mirror": (0, 1, "(a probability)"),
@@ -78,6 +87,12 @@ class Augmentation:
         weaker where it would fold.
     elastic_grain_mm : float
         Distance over which displacements are alike, mm.
+    organ_mm : float
+        Deviation along each axis of how far an organ is displaced among its neighbours, mm; what
+        lies around it follows, the less the further off.
+    organ_size : float
+        Deviation of how much longer or shorter an organ is along each axis than the others, as a
+        share; its surroundings give way.
     scale : (low, high) float
         Size of the copy; drawn evenly on a logarithmic scale, the same along all axes.
     stretch : float
@@ -119,6 +134,8 @@ class Augmentation:
     copies: int = 2
     elastic_mm: float = 0.0
     elastic_grain_mm: float = 90.0
+    organ_mm: float = 0.0
+    organ_size: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
     stretch: float = 0.0
     rotation_deg: float = 0.0
@@ -232,15 +249,17 @@ def altered_copy(
         raise ValueError(f"{len(anatomy.names)} classes leave no free label in {labels.dtype}")
     if threads < 1:
         raise ValueError(f"threads is {threads}; use at least 1")
-    streams = np.random.SeedSequence(seed).spawn(5)
-    mirror, colours, place, bend, scanner = map(np.random.default_rng, streams)
+    streams = np.random.SeedSequence(seed).spawn(6)
+    mirror, colours, place, bend, scanner, organ_stream = map(np.random.default_rng, streams)
     hu = grid_volume.hu
     if mirror.random() < augmentation.mirror:
         hu, labels = hu[:, :, ::-1], anatomy.exchanged(labels[:, :, ::-1])
     units = _Units.of(grid_volume)
     hu = _recoloured(hu, labels, anatomy, augmentation, (units, colours, threads))
     placing = _Placing.draw(grid_volume, augmentation, place)
-    hu, labels = _placed(hu, labels, placing, augmentation, (units, bend, scanner, threads))
+    organs = _Organs.draw(labels, anatomy, grid_volume.spacing_mm, augmentation, organ_stream)
+    means = units, (organs, bend), scanner, threads
+    hu, labels = _placed(hu, labels, placing, augmentation, means)
     if hu is grid_volume.hu:
         return grid_volume, labels
     return (
@@ -551,16 +570,17 @@ def _placed(
     labels: NDArray[np.unsignedinteger],
     placing: _Placing,
     augmentation: Augmentation,
-    means: tuple[_Units, np.random.Generator, np.random.Generator, int],
+    means: tuple[_Units, tuple[_Organs, np.random.Generator], np.random.Generator, int],
 ) -> tuple[NDArray[np.int16], NDArray[np.unsignedinteger]]:
     """The scan where the placing and a smooth field put it, seen by another scanner."""
-    units, bend, scanner, threads = means
+    units, (organs, bend), scanner, threads = means
     blur_mm, noise_hu = scanner.random(2) * (augmentation.blur_mm, augmentation.noise_hu)
-    if placing.is_plain and not (augmentation.elastic_mm or blur_mm or noise_hu):
+    is_bent = augmentation.elastic_mm or len(organs.centres_mm)
+    if placing.is_plain and not (is_bent or blur_mm or noise_hu):
         return hu, labels
     from organfast.kernels import augmentation as kernel
 
-    lattice, pitch = _bending(placing, augmentation, bend)
+    lattice, pitch = _bending(placing, augmentation, organs, bend)
     unknown = np.iinfo(labels.dtype).max
     hu, labels = np.ascontiguousarray(hu), np.ascontiguousarray(labels)
     scan = (np.maximum(hu, np.int16(units.air)), labels, np.float32(units.air), unknown)
@@ -584,20 +604,93 @@ def _placed(
     return out_hu, out_labels
 
 
+@dataclass(frozen=True, eq=False)
+class _Organs:
+    """How organs move and grow: one row each.
+
+    ``centres_mm``, ``reach_mm`` (n, 3) middle and deviation in the scan; ``shift_mm``, ``growth``
+    (n, 3) displacement of the middle and share by which it is longer.
+    """
+
+    centres_mm: NDArray[np.float64]
+    reach_mm: NDArray[np.float64]
+    shift_mm: NDArray[np.float64]
+    growth: NDArray[np.float64]
+
+    @staticmethod
+    def draw(
+        labels: NDArray[np.unsignedinteger],
+        anatomy: _Anatomy,
+        spacing_mm: tuple[float, float, float],
+        augmentation: Augmentation,
+        rng: np.random.Generator,
+    ) -> _Organs:
+        """Movable organs only: bones, muscles and vessels that run through all are no islands."""
+        if not (augmentation.organ_mm or augmentation.organ_size):
+            return _Organs(*(np.zeros((0, 3)) for _ in range(4)))
+        movable = [n for n in anatomy.organs if anatomy.colour_group(n) not in UNMOVED_TISSUES]
+        thin = labels[::THINNED, ::THINNED, ::THINNED]
+        rows = np.zeros(np.iinfo(labels.dtype).max + 1, np.intp)
+        rows[movable] = np.arange(1, len(movable) + 1)
+        where = np.nonzero(rows[thin])
+        row = rows[thin[where]]
+        at_mm = np.stack(where, axis=1) * (THINNED * np.array(spacing_mm))
+        n = np.bincount(row, minlength=len(movable) + 1)[1:]
+        moments = [
+            [np.bincount(row, at_mm[:, a] ** power, len(movable) + 1)[1:] for a in range(3)]
+            for power in (1, 2)
+        ]
+        centres, squares = (np.array(m).T / np.maximum(n, 1)[:, None] for m in moments)
+        reach = np.sqrt(np.maximum(squares - centres**2, 0))
+        shifts = rng.standard_normal((len(movable), 3)).clip(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        growth = rng.standard_normal((len(movable), 3)).clip(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        present = n > 0
+        return _Organs(
+            centres[present],
+            np.maximum(ORGAN_REACH * reach[present], LEAST_REACH_MM),
+            augmentation.organ_mm * shifts[present],
+            augmentation.organ_size * growth[present],
+        )
+
+    def field_mm(self, at_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """From places in the scan (..., 3) to where each is taken from, less the place itself."""
+        field = np.zeros(at_mm.shape)
+        for centre, reach, shift, growth in zip(
+            self.centres_mm, self.reach_mm, self.shift_mm, self.growth, strict=True
+        ):
+            apart = at_mm - centre
+            near = np.exp(-0.5 * ((apart / reach) ** 2).sum(axis=-1))[..., None]
+            field -= near * (shift + growth * apart)
+        return field
+
+
 def _bending(
-    placing: _Placing, augmentation: Augmentation, rng: np.random.Generator
+    placing: _Placing, augmentation: Augmentation, organs: _Organs, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Lattice (n_k, n_i, n_j, 3) of displacements in scan voxels, and nodes per voxel.
 
-    White noise under a Gaussian filter. It is made weaker as a whole where its steepest place would
-    come near to folding the copy.
+    White noise under a Gaussian filter, and what the organs add to it. It is made weaker as a whole
+    where its steepest place would come near to folding the copy.
     """
     spacing = np.array(placing.spacing_mm)
     between = augmentation.elastic_grain_mm / NODES_PER_GRAIN
     pitch = spacing / between
     nodes = np.ceil((np.array(placing.shape) - 1) * pitch).astype(int) + 2
-    if not augmentation.elastic_mm:
-        return np.zeros((*nodes, 3), np.float32), pitch
+    field = _smooth_field(nodes, augmentation.elastic_mm, rng)
+    if len(organs.centres_mm):
+        voxel = np.stack(np.meshgrid(*map(np.arange, nodes), indexing="ij"), axis=-1) / pitch
+        field += organs.field_mm((voxel @ placing.matrix[:, :3].T + placing.matrix[:, 3]) * spacing)
+    steepest = _steepness(field) / between
+    field *= min(1.0, STEEPEST / placing.size / max(steepest, 1e-9))
+    return np.asarray(field / spacing, np.float32), pitch
+
+
+def _smooth_field(
+    nodes: NDArray[np.int_], elastic_mm: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(n_k, n_i, n_j, 3) normal numbers of this deviation, alike over a grain."""
+    if not elastic_mm:
+        return np.zeros((*nodes, 3))
     from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
     sigma = NODES_PER_GRAIN / 2  # values a grain apart then correlate by 1 / e
@@ -609,10 +702,8 @@ def _bending(
     for axis in range(3):
         noise = rng.standard_normal(nodes + 2 * pad)
         field[..., axis] = gaussian_filter(noise, sigma)[inner] / deviation
-    field *= augmentation.elastic_mm
-    steepest = _steepness(field) / between
-    field *= min(1.0, STEEPEST / placing.size / max(steepest, 1e-9))
-    return np.asarray(field / spacing, np.float32), pitch
+    field *= elastic_mm
+    return field
 
 
 def _steepness(field: NDArray[np.float64]) -> float:

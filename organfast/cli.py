@@ -271,6 +271,10 @@ def train(
     augment: Annotated[
         int, typer.Option(min=0, help="Altered copies of each case to draw blocks from as well.")
     ] = 0,
+    paint: Annotated[
+        int,
+        typer.Option(min=0, help="CT scans to paint on altered copies of each case's label map."),
+    ] = 0,
     max_memory: Annotated[
         str | None,
         typer.Option(help="Most memory for the blocks, such as 8GB. Default: half of all."),
@@ -330,6 +334,7 @@ def train(
         context_factor=context_factor,
         forest=ForestSettings(kind=forest, n_trees=trees, seed=seed),
         network=network,
+        paint=paint,
         classes=_classes(classes, found),
         split=None if split is None else _split(split, found),
         seed=seed,

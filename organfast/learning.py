@@ -3,7 +3,7 @@
 ::
 
     case --(labelled_scan)--> scan and labels on the model grid: classes, and what lies beside them
-         --(altered_copy)--> the same and some altered copies
+         --(altered_copy, painted_copy)--> the same and some copies
          --(sample_positions)--> as many positions of each class, half of them where a guide errs
          --(features_at)--> one row each --(train_forest)--> labels told apart, classes summed up
 """
@@ -25,10 +25,10 @@ from organfast.augmentation import Augmentation, altered_copy, jittered
 from organfast.blockfiles import classes_in
 from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
 from organfast.blocks import Block, Context, pattern_on
-from organfast.body import body_mask
+from organfast.body import body_mask, body_voxels
 from organfast.calibration import FITS, reliability
 from organfast.errors import is_whole
-from organfast.grid import BlockGrid, GridVolume, ModelGrid
+from organfast.grid import BlockGrid, GridVolume, ModelGrid, resample_labels, to_model_grid
 from organfast.layouts import (
     Case,
     Dataset,
@@ -45,6 +45,8 @@ from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest, ForestSettings, train_forest
 from organfast.networklearning import DrawnCase, NetworkRecipe, learned_network
 from organfast.nifti import file_digest
+from organfast.paintedcopies import painted_copy
+from organfast.painting import LabelMap
 from organfast.probability import SliceClassifier, probability_slabs
 from organfast.progress import Progress, silent
 from organfast.sampling import (
@@ -176,6 +178,9 @@ class Recipe:
     augmentation : Augmentation or None
         Each case is drawn from as it is, and as often in each of so many altered copies: with 2
         copies there are three times as many positions.
+    paint : int
+        So many CT scans are painted on altered copies of each case's label map, and drawn from as
+        the case is; see ``painted_copy``. Only on a working grid.
     calibration : {"temperature", "isotonic"} or None
         How the probabilities are brought to how often they are right, fitted to balanced blocks of
         the patients who validate; None leaves them as the classifier gives them, as does a split
@@ -199,6 +204,7 @@ class Recipe:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     augmentation: Augmentation | None = None
+    paint: int = 0
     calibration: str | None = "temperature"
     max_memory_gb: float | None = None
 
@@ -211,13 +217,20 @@ class Recipe:
             raise ValueError(
                 f"calibration {self.calibration!r} is unknown; use {', '.join(FITS)}, or None"
             )
+        if not is_whole(self.paint, 0):
+            raise ValueError(f"paint is {self.paint!r}; give a whole number from 0")
+        if self.paint and self.grid.spacing_mm is None:
+            raise ValueError(
+                "copies are painted at 2 mm and need a working grid, such as "
+                "ModelGrid((3.0, 3.0, 3.0)); give one, or leave paint"
+            )
         if self.max_memory_gb is not None and not self.max_memory_gb > 0:
             raise ValueError(f"max_memory_gb is {self.max_memory_gb!r}; give GiB above 0, or None")
 
     @property
     def n_versions(self) -> int:
-        """How often a case is drawn from: as it is, and once in each altered copy."""
-        return 1 + (self.augmentation.copies if self.augmentation else 0)
+        """How often a case is drawn from: as it is, and once in each copy."""
+        return 1 + (self.augmentation.copies if self.augmentation else 0) + self.paint
 
     def n_of_each(self, classes: ClassTable, n_nuisance: int, n_patients: int) -> list[int]:
         """Most training positions of each class and of each structure that is drawn by itself.
@@ -244,6 +257,7 @@ class Recipe:
             "be brought to a working grid": (self.grid.spacing_mm, "use ModelGrid(None)"),
             "be asked by a guide": (self.sampling.guide, "leave the guide"),
             "be altered": (self.augmentation, "leave the augmentation"),
+            "be painted": (self.paint or None, "leave paint"),
             "teach a network": (self.network, "learn a forest"),
         }
         for what, (asked, remedy) in remedies.items():
@@ -365,6 +379,7 @@ def train(
         "seed": recipe.seed,
         "sampling": recipe.sampling.to_dict(),
         "augmentation": None if recipe.augmentation is None else recipe.augmentation.to_dict(),
+        "painted_copies": recipe.paint,
     }
     model = Model(
         classifier=classifier,
@@ -586,22 +601,45 @@ class _Version:
 def _versions(
     scan: LabelledScan, fine: _Fine, recipe: Recipe, seed: tuple[int, int], threads: int
 ) -> Iterator[_Version]:
-    """A case as it is, then its altered copies, one by one."""
+    """A case as it is, then its altered copies, then its painted ones, one by one."""
     yield _Version(scan, seed)
-    how = recipe.augmentation
-    if how is None:
-        return
-    for copy in range(1, recipe.n_versions):
-        volume, labels = altered_copy(
-            scan.grid_volume,
-            scan.labels,
-            fine.classes,
-            how,
-            (*seed, copy),
-            beside=tuple(fine.beside),
-            threads=threads,
-        )
-        yield _Version(LabelledScan(volume, labels), (*seed, copy), how)
+    how, n_altered = recipe.augmentation, recipe.n_versions - recipe.paint
+    if how is not None:
+        for copy in range(1, n_altered):
+            volume, labels = altered_copy(
+                scan.grid_volume,
+                scan.labels,
+                fine.classes,
+                how,
+                (*seed, copy),
+                beside=tuple(fine.beside),
+                threads=threads,
+            )
+            yield _Version(LabelledScan(volume, labels), (*seed, copy), how)
+    for copy in range(n_altered, recipe.n_versions):
+        painted = _painted(scan, fine, recipe, (*seed, copy), threads)
+        yield _Version(painted, (*seed, copy))
+
+
+def _painted(
+    scan: LabelledScan, fine: _Fine, recipe: Recipe, seed: tuple[int, ...], threads: int
+) -> LabelledScan:
+    """A CT scan painted on an altered copy of a case's structures; the rest is context."""
+    classes, labels = fine.classes, scan.labels
+    organs = {*classes.organs, *range(len(classes), len(fine.names))}
+    lookup = np.zeros(np.iinfo(labels.dtype).max + 1, labels.dtype)
+    lookup[list(organs)] = list(organs)
+    k, i, j = scan.grid_volume.spacing_mm
+    anatomy = LabelMap(
+        lookup[labels].T, np.diag([j, i, k, 1.0]), {n: fine.names[n] for n in organs}
+    )
+    volume, drawn = painted_copy(anatomy, seed, threads=threads)
+    with Workers(threads) as workers:
+        grid_volume = to_model_grid(volume, recipe.grid, workers)
+    found = resample_labels(volume.orientation.working(drawn), grid_volume).astype(labels.dtype)
+    if classes.context is not None:
+        found[(found == 0) & body_voxels(grid_volume)] = classes.context
+    return LabelledScan(grid_volume, found)
 
 
 def _hardness(

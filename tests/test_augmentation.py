@@ -17,6 +17,7 @@ from organfast.anatomy import ClassTable
 from organfast.augmentation import (
     Augmentation,
     _bending,
+    _Organs,
     _Placing,
     _taps,
     _units,
@@ -29,6 +30,7 @@ from organfast.kernels import augmentation as kernel
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TABLE = ClassTable.default()
 OFF = Augmentation.off()
+NO_ORGANS = _Organs(*(np.zeros((0, 3)) for _ in range(4)))
 BEND = {"elastic_mm": 5.0, "elastic_grain_mm": 40.0}
 PLACE = {"scale": (0.8, 1.2), "stretch": 0.05, "rotation_deg": 8.0}
 COLOUR = {"recolour_hu": 20.0, "recolour_contrast": 0.2, "shift_hu": 5.0, "gain": 0.05}
@@ -364,7 +366,7 @@ def test_nothing_folds(seed: int, elastic_mm: float, grain_mm: float) -> None:
     rng = np.random.default_rng(seed)
     grid_volume = GridVolume(np.zeros((12, 20, 22), np.int16), spacing_mm=(9.0, 7.0, 8.0))
     placing = _Placing.draw(grid_volume, augmentation, rng)
-    lattice, pitch = _bending(placing, augmentation, rng)
+    lattice, pitch = _bending(placing, augmentation, NO_ORGANS, rng)
     # At each corner of each cell: the map from result voxels to the scan keeps its handedness.
     shape = np.array(lattice.shape[:3]) - 1
     for corner in np.ndindex(2, 2, 2):
@@ -383,7 +385,7 @@ def test_displacements_have_the_strength_asked_for() -> None:
     augmentation = replace(OFF, elastic_mm=3.0, elastic_grain_mm=60.0)
     rng = np.random.default_rng(0)
     placing = _Placing.draw(grid_volume, augmentation, rng)
-    lattice, pitch = _bending(placing, augmentation, rng)
+    lattice, pitch = _bending(placing, augmentation, NO_ORGANS, rng)
     moved_mm = lattice * grid_volume.spacing_mm
     np.testing.assert_allclose(moved_mm.std(axis=(0, 1, 2)), 3.0, rtol=0.1)
     np.testing.assert_allclose(pitch * 60 / 4, grid_volume.spacing_mm)
@@ -532,3 +534,53 @@ def test_a_real_scan_is_still_a_ct() -> None:
             for side in ("right", "left")
         )
         assert right > left + 20  # columns run to the patient's right
+
+
+# --- organs that move and grow --------------------------------------------------------------------
+
+
+def _ball(at: tuple[int, int, int], radius: float, shape: tuple[int, int, int]) -> np.ndarray:
+    apart = np.stack(np.indices(shape)) - np.array(at)[:, None, None, None]
+    return np.asarray((apart**2).sum(axis=0) <= radius**2)
+
+
+def _two_organs() -> tuple[GridVolume, np.ndarray]:
+    """A liver and a spleen 30 voxels apart in context."""
+    shape = (48, 48, 90)
+    labels = np.full(shape, TABLE.context, np.uint8)
+    labels[_ball((24, 24, 25), 12, shape)] = TABLE.index("liver")
+    labels[_ball((24, 24, 65), 8, shape)] = TABLE.index("spleen")
+    return GridVolume(np.zeros(shape, np.int16), spacing_mm=(3.0, 3.0, 3.0)), labels
+
+
+def _middle_and_size(labels: np.ndarray, name: str) -> tuple[np.ndarray, int]:
+    where = np.nonzero(labels == TABLE.index(name))
+    return np.mean(where, axis=1), len(where[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_organ_moves_by_what_was_drawn_for_it(seed: int) -> None:
+    volume, labels = _two_organs()
+    how = replace(OFF, organ_mm=6.0)
+    moved = altered_copy(volume, labels, TABLE, how, seed)[1]
+    shifts = []
+    for name in ("liver", "spleen"):
+        (before, size), (after, new_size) = (_middle_and_size(m, name) for m in (labels, moved))
+        shifts.append((after - before) * 3.0)
+        assert new_size == pytest.approx(size, rel=0.25)
+    assert max(np.abs(s).max() for s in shifts) > 1.0
+    assert np.abs(shifts[0] - shifts[1]).max() > 1.0  # each its own way
+    corner = moved[:6, :6, :6]
+    np.testing.assert_array_equal(corner, labels[:6, :6, :6])
+
+
+def test_an_organ_grows_along_each_axis_by_its_own_share() -> None:
+    volume, labels = _two_organs()
+    sizes = []
+    for seed in range(6):
+        grown = altered_copy(volume, labels, TABLE, replace(OFF, organ_size=0.2), seed)[1]
+        middle, size = _middle_and_size(grown, "liver")
+        assert np.abs(middle - _middle_and_size(labels, "liver")[0]).max() < 1.0
+        sizes.append(size / _middle_and_size(labels, "liver")[1])
+    assert min(sizes) < 0.9
+    assert max(sizes) > 1.1

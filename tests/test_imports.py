@@ -28,7 +28,7 @@ COLUMNS = [
         "painting",
     ],
     ["grid", "levels", "body", "display", "page"],
-    ["blocks", "sampling", "augmentation"],
+    ["blocks", "sampling", "augmentation", "paintedcopies"],
     [
         "models.architecture",
         "models.block_augmentation",
