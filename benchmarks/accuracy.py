@@ -108,6 +108,10 @@ SAMPLING = {
     "+ nuisance, 2 copies with all of these but mirroring": _altered(
         **_BENT, **_COLOURED, **_BLURRED, crop_mm=150.0, jitter_deg=5.0, jitter_scale=0.1
     ),
+    "+ nuisance, 4 painted copies": _learned(paint=4),
+    "+ nuisance, 4 painted copies, 2 recoloured": replace(
+        _altered(**_COLOURED), recipe=replace(_altered(**_COLOURED).recipe, paint=4)
+    ),
 }
 
 

@@ -1,0 +1,240 @@
+"""Train the starter model from the public pool: `organfast segment` without `-m` uses it.
+
+    python tools/train_starter.py ../shared/data                    # the model that is shipped
+    python tools/train_starter.py ../shared/data --without chest    # one to judge `chest` by
+
+The pool: two labelled CT scans (chest, abdomen) and three label maps without a scan (s0011,
+s0327, s0328). Each anatomy is painted many times (`painted_copy`: other sizes, postures, organs,
+tissues, phases and scanners), each scan is altered as often (`altered_copy`); a network of blocks
+learns from all of them. A scan that is left out is left out altogether: its anatomy is not painted
+either. Interrupted, the same command goes on where it was; the folder of `--work` holds what is
+made on the way (some 2 GB), the cases the same for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
+from organfast.augmentation import Augmentation, altered_copy
+from organfast.body import body_voxels
+from organfast.grid import ModelGrid, resample_labels, to_model_grid
+from organfast.layouts import find_cases, write_case
+from organfast.learning import Recipe, Sampling, train
+from organfast.models.classifier import save_model
+from organfast.networklearning import NetworkRecipe, training_settings
+from organfast.nifti import read_scan
+from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
+from organfast.painting import LabelMap
+from organfast.sampling import Split
+from organfast.volume import Volume
+
+REPOSITORY = Path(__file__).parents[1]
+SHIPPED = REPOSITORY / "organfast" / "data" / "starter.organfast"
+LABEL_MAPS = {
+    "s0011": "labels_only/s0011.nii.gz",
+    "s0327": "labels_only/s0327.nii.gz",
+    "s0328": "labels_only/s0328.nii.gz",
+    "chest": "labelled/chest_labels.nii.gz",
+    "abdomen": "labelled/abdomen_labels.nii.gz",
+}
+SCANS = {name: f"labelled/{name}.nii.gz" for name in ("chest", "abdomen")}
+NOT_IN_POOL = ("body_envelope", "rectus_abdominis_right", "rectus_abdominis_left")
+GRID = ModelGrid((3.0, 3.0, 3.0), "piecewise")
+AT_2_MM = ModelGrid((PAINTED_MM,) * 3, "identity")
+
+# What lies beside the classes is learned by itself: the first pattern that fits a name.
+BESIDE = {
+    "heart_and_vessels": r"heart.*|atrial_appendage.*|pulmonary_.*",
+    "esophagus": "esophagus",
+    "stomach": "stomach",
+    "small_bowel": "small_bowel|duodenum",
+    "colon": "colon",
+    "vertebrae_above": r"vertebrae_[CT](?!1[12]$).*",
+    "vertebrae_T11": "vertebrae_T11",
+    "vertebrae_T12": "vertebrae_T12",
+    "vertebrae_L2": "vertebrae_L2",
+    "vertebrae_below": r"vertebrae_(L[3-6]|S).*",
+    "pelvis": "hip_.*|sacrum",
+    "ribs": "rib_.*",
+    "costal_cartilages": "costal_cartilages",
+    "shoulder": "(scapula|clavicula|humerus)_.*",
+    "femur": "femur_.*",
+    "autochthon": "autochthon_.*",
+    "gluteus": "gluteus_.*",
+    "inferior_vena_cava": "inferior_vena_cava",
+    "portal_vein": "portal_vein.*",
+    "iliac_vessels": "iliac_.*",
+    "vessels_above": "superior_vena_cava|brachiocephalic.*|subclavian.*|common_carotid.*",
+    "spinal_cord": "spinal_cord",
+    "prostate": "prostate",
+    "head": "brain|skull",
+}
+
+
+def main() -> int:
+    """Make the cases, train, write the model."""
+    given = _arguments()
+    start = time.perf_counter()
+    cases = given.work / "cases"
+    for made in made_cases(given, cases):
+        print(f"{made}, {time.perf_counter() - start:.0f} s", flush=True)
+    dataset = find_cases(cases)
+    names = [c.name for c in dataset.cases if c.name.split("-")[0] != given.without]
+    wanted = [n for n in names if not (given.no_scans and "altered" in n)]
+    settings, outputs = training_settings(
+        {"steps": given.steps, "seed": given.seed},
+        checkpoints=given.work / f"{given.output.stem}-checkpoints",
+        log=given.work / f"{given.output.stem}.jsonl",
+    )
+    recipe = Recipe(
+        grid=GRID,
+        n_per_class=given.n_per_class,
+        network=NetworkRecipe(training=settings, outputs=outputs),
+        classes=starter_classes(),
+        split=Split(train=tuple(wanted), validation=(), test=()),
+        sampling=Sampling(n_per_nuisance=given.n_per_class),
+        seed=given.seed,
+        calibration=None,
+    )
+    kept = replace(dataset, cases=tuple(c for c in dataset.cases if c.name in wanted))
+    model = train(kept, recipe=recipe, threads=2, progress=_told(start))
+    save_model(model, given.output)
+    print(f"{given.output}: {given.output.stat().st_size / 1e6:.1f} MB", flush=True)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", type=Path, help="the public pool")
+    parser.add_argument("--without", choices=LABEL_MAPS, help="leave this anatomy out")
+    parser.add_argument("-o", "--output", type=Path, help="the model file")
+    parser.add_argument("--work", type=Path, default=Path("build/starter"), help="a folder to keep")
+    parser.add_argument("--painted", type=int, default=16, help="painted copies of each anatomy")
+    parser.add_argument("--altered", type=int, default=12, help="altered copies of each scan")
+    parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
+    parser.add_argument("--n-per-class", type=int, default=400, help="blocks per class and copy")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.output is None:
+        left_out = Path("build") / f"starter-without-{given.without}.organfast"
+        given.output = left_out if given.without else SHIPPED
+    return given
+
+
+def starter_classes() -> ClassTable:
+    """The default table without what nobody drew in the pool."""
+    names = [name for name in ClassTable.default().names if name not in NOT_IN_POOL]
+    return ClassTable.default().keep(names)
+
+
+def case_table() -> ClassTable:
+    """What the cases' label maps tell apart: the classes, then what lies beside them."""
+    beside = tuple(Structure(name, "organ") for name in BESIDE)
+    return ClassTable((*starter_classes().structures, *beside))
+
+
+def label_table() -> NDArray[np.uint8]:
+    """(256,) uint8: label in ``case_table`` of each of TotalSegmentator's."""
+    classes = starter_classes()
+    table = np.full(256, classes.index("thorax_abdomen"), np.uint8)
+    table[0] = 0
+    drawn_as = {n: s.name for s in classes.structures for n in s.totalsegmentator}
+    for label, name in totalsegmentator_names().items():
+        whole = re.sub(r"^kidney_cyst", "kidney", name)
+        fits = [n for n, p in enumerate(BESIDE.values()) if re.fullmatch(p, name)]
+        if whole in drawn_as:
+            table[label] = classes.index(drawn_as[whole])
+        elif fits:
+            table[label] = len(classes) + fits[0]
+    return table
+
+
+def made_cases(given: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Painted copies of every anatomy, altered copies of every scan; the names of new ones."""
+    table, names = label_table(), case_table()
+    every_slice = Variety(least_mm=2000.0)
+    for number, (name, file) in enumerate(LABEL_MAPS.items()):
+        anatomy = None
+        for copy in range(given.painted):
+            case = f"{name}-painted-{copy:03d}"
+            if _is_made(folder, case):
+                continue
+            anatomy = anatomy or _label_map(given.data / file)
+            seed = (given.seed, number, copy)
+            volume, labels = painted_copy(anatomy, seed, every_slice)
+            write_case(folder, case, volume, _with_body(volume, table[labels], names), names)
+            yield case
+    for number, (name, file) in enumerate(SCANS.items()):
+        for copy in range(given.altered):
+            case = f"{name}-altered-{copy:03d}"
+            if not _is_made(folder, case):
+                seed = (given.seed, 100 + number, copy)
+                write_case(folder, case, *_altered(given.data, name, file, seed), names)
+                yield case
+
+
+def _is_made(folder: Path, case: str) -> bool:
+    return (folder / case / "ct.nii.gz").exists()
+
+
+def _label_map(file: Path) -> LabelMap:
+    stored = nibabel.load(file)
+    labels = np.asarray(stored.dataobj).astype(np.uint8)
+    names = dict.fromkeys(range(1, 256), "unnamed") | totalsegmentator_names()
+    return LabelMap(labels, stored.affine, names)
+
+
+def _with_body(volume: Volume, labels: NDArray[np.uint8], names: ClassTable) -> NDArray[np.uint8]:
+    """Unlabelled voxels inside the body are context."""
+    inside = body_voxels(to_model_grid(volume, AT_2_MM))
+    body = volume.orientation.stored(inside)
+    return np.where((labels == 0) & body, names.index("thorax_abdomen"), labels).astype(np.uint8)
+
+
+def _people(of: Augmentation) -> Augmentation:
+    """The anatomy as for painted copies, and another look."""
+    look: dict[str, Any] = {"recolour_hu": 15.0, "recolour_contrast": 0.2, "shift_hu": 8.0}
+    return replace(of, **look, gain=0.05, noise_hu=15.0, blur_mm=1.0)
+
+
+def _altered(
+    data: Path, name: str, file: str, seed: tuple[int, ...]
+) -> tuple[Volume, NDArray[np.uint8]]:
+    """An altered copy of a labelled scan, at 2 mm."""
+    volume, table, names = read_scan(data / file).volume, label_table(), case_table()
+    stored = np.asarray(nibabel.load(data / LABEL_MAPS[name]).dataobj).astype(np.uint8)
+    grid_volume = to_model_grid(volume, AT_2_MM)
+    found = resample_labels(volume.orientation.working(stored), grid_volume)
+    labels = table[found]
+    labels[(found == 0) & body_voxels(grid_volume)] = names.index("thorax_abdomen")
+    copy, drawn = altered_copy(grid_volume, labels, names, _people(Variety().people), seed)
+    known = np.flatnonzero([(page == 255).mean() < 0.02 for page in drawn])
+    run = slice(int(known[0]), int(known[-1]) + 1)
+    drawn = np.where(drawn[run] == 255, 0, drawn[run]).astype(np.uint8)
+    affine = np.diag([PAINTED_MM, PAINTED_MM, PAINTED_MM, 1.0])
+    return Volume(np.ascontiguousarray(copy.hu[run]).T, affine), drawn.T
+
+
+def _told(start: float) -> Callable[[str, int, int], None]:
+    def tell(what: str, done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            print(f"{what} {done}/{total}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    return tell
+
+
+if __name__ == "__main__":
+    sys.exit(main())
