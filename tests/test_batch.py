@@ -28,7 +28,8 @@ from organfast.batchinputs import find_inputs, is_in_shard, parse_shard
 from organfast.batchworker import Outcome, Outputs
 from organfast.cli import run
 from organfast.errors import InputError
-from organfast.ledger import Ledger, key_of, merge, tree_digests
+from organfast.ledger import Ledger, key_of, tree_digests
+from organfast.ledgers import merge
 from organfast.memory import resident_bytes, scan_bytes
 from organfast.models.classifier import load_model, save_model
 from organfast.nifti import write_volume
