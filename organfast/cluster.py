@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -142,6 +143,7 @@ class Cluster:
         self.run = secrets.token_hex(4)
         self.n_submitted = 0
         self.in_flight: dict[Any, BatchInput] = {}
+        self.done: SimpleQueue[Any] = SimpleQueue()
         self.queue: deque[BatchInput] = deque()
         self.suspects: deque[BatchInput] = deque()
         self.killed: Counter[str] = Counter()
@@ -209,8 +211,7 @@ class Cluster:
         while True:
             self._submit()
             if self.in_flight:
-                for future in self._ended():
-                    yield from self._heard(future)
+                yield from self._heard(self._next())
             elif self.is_stopped or not (self.queue or self.suspects):
                 return
 
@@ -232,6 +233,8 @@ class Cluster:
 
     def _submit(self) -> None:
         """Fill the window: one in for one out."""
+        if time.monotonic() - self.looked > _LOOK:
+            self._look()
         while not self.is_stopped:
             if self.queue:
                 if len(self.in_flight) >= max(1, _PER_THREAD * self.n_threads):
@@ -252,25 +255,18 @@ class Cluster:
                 retries=0,
             )
             self.in_flight[future] = scan
+            future.add_done_callback(self.done.put)
 
     # --- hearing ----------------------------------------------------------------------------------
 
-    def _ended(self) -> list[Any]:
-        """Futures that are done; waits for one."""
-        from distributed import wait
-        from distributed.client import CancelledError
-
+    def _next(self) -> Any:
+        """The next future that is done; waits for it."""
         while True:
-            done = [future for future in self.in_flight if future.done()]
-            if done:
-                return done
-            # What was cancelled is done, too.
-            with suppress(TimeoutError, CancelledError):
-                wait(list(self.in_flight), timeout=_LOOK, return_when="FIRST_COMPLETED")
+            with suppress(Empty):
+                return self.done.get(timeout=_LOOK)
             if self.client.status in ("closing", "closed"):
                 raise self._gone()
-            if time.monotonic() - self.looked > _LOOK:
-                self._look()
+            self._look()
             if time.monotonic() - self.seen > _PATIENCE:
                 raise InputError(
                     self.scheduler,
@@ -280,8 +276,10 @@ class Cluster:
 
     def _look(self) -> None:
         """How many threads the cluster has now."""
-        self.n_threads = sum(self.client.nthreads().values())
         self.looked = time.monotonic()
+        # While the connection is lost nobody tells.
+        with suppress(OSError):
+            self.n_threads = sum(self.client.nthreads().values())
         if self.n_threads:
             self.seen = self.looked
 
