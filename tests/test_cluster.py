@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -68,7 +69,7 @@ def two_workers() -> Iterator[LocalCluster]:
             n_workers=2,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=":0",
             silence_logs=50,
         ) as workers,
     ):
@@ -235,7 +236,8 @@ def test_a_scan_that_kills_every_worker_is_one_failed_scan(
     errors = [line for line in told.err.splitlines() if "warning" not in line]
     assert len(errors) == 1
     assert errors[0].startswith(f"organfast: {archive / name}: ended the workers that segmented it")
-    assert "4 scans done, 1 failed" in told.out
+    # A scan that was finished when its worker was killed counts as found finished.
+    assert re.search(r"4 scans done( \(\d by an earlier run\))?, 1 failed", told.out)
     assert {str(line["input"]) for line in lines(out) if line["error"]} == {name}
     assert str(lines(out)[1]["error"]).startswith("ended the workers that segmented it, 2 of them")
     assert not (out / "p1").exists()
@@ -296,7 +298,7 @@ def test_a_scheduler_without_workers_and_one_that_goes(
     monkeypatch.setattr(cluster_module, "_REACH", 2.0)
     out = tmp_path / "out"
     with LocalCluster(
-        n_workers=0, processes=False, dashboard_address=None, protocol="tcp://", silence_logs=50
+        n_workers=0, processes=False, dashboard_address=":0", protocol="tcp://", silence_logs=50
     ) as here:
         with pytest.raises(InputError, match="has no workers; start some: dask worker tcp://"):
             batch(archive, out, model_file, here)
