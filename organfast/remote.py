@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from organfast.errors import InputError
 
@@ -277,6 +278,16 @@ def _without_query(url: str) -> str:
     return url.partition("?")[0] if url.startswith(_WEB) else url
 
 
+def _without_secrets(text: str, url: str) -> str:
+    """What a store's package says, without what a URL holds of a user, a password, a signature."""
+    user = _USER.search(url)
+    query = url.partition("?")[2]
+    given = [] if user is None else [user[0], *user[0][:-1].split(":", 1)[1:]]
+    for secret in filter(None, [*given, *map(unquote, given), query]):
+        text = text.replace(secret, "")
+    return _QUERY.sub("", _USER.sub("", text))
+
+
 def _opened(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the URL's path in it."""
     try:
@@ -329,7 +340,7 @@ def _errors_named(url: str) -> Iterator[None]:
     # within but calls of the store.
     except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        said = _QUERY.sub("", _USER.sub("", " ".join(reason.split())))[:200]
+        said = _without_secrets(" ".join(reason.split()), url)[:200]
         problem = f"cannot be used ({said or type(error).__name__})"
         remedy = "check the URL, the network and the credentials"
         raise InputError(shown(url), problem, remedy) from error

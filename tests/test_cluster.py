@@ -309,7 +309,7 @@ def test_a_scheduler_without_workers_and_one_that_goes(
         outcomes = segment_batch(archive, out, model_file, None, BARE, plan)
         assert next(outcomes).status == "segmented"
         here.close()
-        with pytest.raises(InputError, match="can no longer be reached; .* goes on from here"):
+        with pytest.raises(InputError, match=r"can no longer be reached; .* goes on from here"):
             list(outcomes)
     statuses_then = statuses(list(segment_batch(archive, out, model_file, None, BARE)))
     assert "kept" in statuses_then.values()
