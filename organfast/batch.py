@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -178,38 +177,28 @@ class _Batch:
     def __init__(
         self, job: Job, model: Model, plan: BatchPlan, inputs: tuple[BatchInput, ...]
     ) -> None:
-        if plan.scheduler is None and (is_url(job.out) or any(is_url(s.path) for s in inputs)):
-            # Of this process, so that it goes with it, whatever ends a worker.
-            job = replace(job, scratch=tempfile.mkdtemp(prefix="organfast-"))
-        self.job = job
+        self.job, self.model, self.plan = job, model, plan
         self.ledger = ledger_of(job.out)
         self.names = [scan.name for scan in inputs]
         self.queue = deque(scan for scan in inputs if is_in_shard(scan.name, plan.shard))
         self.total = len(self.queue)
         self.is_full = False
-        self.hands: Crew | Cluster
-        if plan.scheduler is None:
-            self.hands = Crew(job, model, plan.workers, plan.max_memory_gb, self._failed)
-        else:
-            self.hands = Cluster(job, plan.scheduler, self._failed)
+        self.is_fetching = is_url(job.out) or any(is_url(scan.path) for scan in inputs)
 
     def run(self, progress: Progress) -> Generator[Outcome, None, None]:
         done = 0
-        if isinstance(self.hands, Cluster):
-            self.hands.open()
-        try:
+        with self._hands() as hands:
             self.ledger.open(self.names)
-            for outcome in self._outcomes():
-                done += 1
-                progress("scans", done, self.total)
-                yield outcome
-        finally:
-            self.hands.close()
-            # On a full disk what is there from before stays.
-            with suppress(InputError):
-                self.ledger.gather()
-            if self.job.scratch is not None:
-                shutil.rmtree(self.job.scratch, ignore_errors=True)
+            try:
+                for outcome in self._outcomes(hands):
+                    done += 1
+                    progress("scans", done, self.total)
+                    yield outcome
+            finally:
+                hands.close()
+                # On a full disk what is there from before stays.
+                with suppress(InputError):
+                    self.ledger.gather()
         if self.is_full:
             raise InputError(
                 shown(self.job.out),
@@ -217,12 +206,29 @@ class _Batch:
                 "make room; the same command goes on from here",
             )
 
-    def _outcomes(self) -> Iterator[Outcome]:
+    @contextmanager
+    def _hands(self) -> Iterator[Crew | Cluster]:
+        """Who segments; what they fetched goes with this process, whatever ends a worker."""
+        plan = self.plan
+        if plan.scheduler is not None:
+            with closing(Cluster(self.job, plan.scheduler, self._failed)) as cluster:
+                cluster.open()
+                yield cluster
+            return
+        with ExitStack() as stack:
+            job = self.job
+            if self.is_fetching:
+                scratch = tempfile.TemporaryDirectory(prefix="organfast-")
+                job = replace(job, scratch=stack.enter_context(scratch))
+            crew = Crew(job, self.model, plan.workers, plan.max_memory_gb, self._failed)
+            yield stack.enter_context(closing(crew))
+
+    def _outcomes(self, hands: Crew | Cluster) -> Iterator[Outcome]:
         scans = self.queue
         for n, pause in enumerate(_PAUSES):
             again: deque[BatchInput] = deque()
             is_passing = False
-            for outcome in self.hands.work(scans):
+            for outcome in hands.work(scans):
                 # In another run's hands: looked at once more at the end.
                 is_elsewhere = outcome.status == "elsewhere" and n == 0
                 if is_elsewhere or (outcome.is_transient and n + 1 < len(_PAUSES)):
@@ -231,7 +237,7 @@ class _Batch:
                     continue
                 if outcome.error is not None and _is_full(outcome.error):
                     self.is_full = True
-                    self.hands.stop()
+                    hands.stop()
                 yield outcome
             if not again or self.is_full:
                 return

@@ -249,6 +249,7 @@ def test_ended_after_any_write_it_goes_on(
         record = ledger_of(out).record("a.nii.gz")
         if record is not None and record["error"] is None:
             assert not ledger_of(out).holds(record)
+            assert Store(out).names("a") == ["overlay.png"]
     # The record goes, nine files of a result and its time come, the earlier picture goes, two more.
     assert n >= 11
     assert ledger_of(out).record("a.nii.gz") == lines(whole)[0]
