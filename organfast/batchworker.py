@@ -147,7 +147,8 @@ class Outcome:
     scan : BatchInput
         The scan.
     status : {"segmented", "kept", "failed", "elsewhere"}
-        ``kept`` was finished by an earlier run; on ``elsewhere`` another run is at work now.
+        ``kept`` was finished before, by an earlier run or by a worker of Dask that was lost before
+        it could tell; on ``elsewhere`` another run is at work now.
     error : InputError or None
         Why it failed.
     warnings : tuple of str

@@ -216,7 +216,9 @@ def test_a_worker_is_killed_and_its_scan_is_retried(
     with Killer(out, "p2/deep/ct.nii.gz", times=1) as killer:
         outcomes = batch(archive, out, model_file, two_workers)
     assert len(killer.killed) == 1
-    assert statuses(outcomes) == dict.fromkeys(NAMES, "segmented")
+    # What the worker had finished and could not tell of any more is found finished.
+    assert set(statuses(outcomes).values()) <= {"segmented", "kept"}
+    assert sorted(outcome.scan.name for outcome in outcomes) == sorted(NAMES)
     assert tree(out) == tree(whole)
 
 
@@ -232,8 +234,8 @@ def test_a_scan_that_kills_every_worker_is_one_failed_scan(
     with Killer(out, name, times=99) as killer:
         given = arguments(archive, out, model_file, two_workers.scheduler_address)
         assert run(given) == 3
-    # Beside others, and alone.
-    assert len(killer.killed) == 2 * (ALLOWED + 1)
+    # Beside others, and alone; a worker may also have been lost while the scan waited there.
+    assert ALLOWED + 1 <= len(killer.killed) <= 2 * (ALLOWED + 1)
     told = capsys.readouterr()
     errors = [line for line in told.err.splitlines() if "warning" not in line]
     assert len(errors) == 1
