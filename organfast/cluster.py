@@ -42,8 +42,10 @@ from organfast.remote import is_url
 __all__ = ["Cluster", "check_scheduler", "segment_here"]
 
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss|inproc)://\S+")
-# Seconds: to reach a scheduler; without any worker until it is given up; between looks at them.
+# Seconds: to reach a scheduler; until its first worker is there, which may just be starting; without
+# any worker later on until it is given up; between looks at them.
 _REACH = 10.0
+_START = 30.0
 _PATIENCE = 300.0
 _LOOK = 2.0
 # A worker has the next scan when it has finished one.
@@ -177,6 +179,10 @@ class Cluster:
         try:
             self.client = Client(address, timeout=_REACH, set_as_default=False, name="organfast")
             self._look()
+            until = time.monotonic() + _START
+            while not self.n_threads and time.monotonic() < until:
+                time.sleep(0.2)
+                self._look()
             versions = self.client.run(_version)
         except (OSError, ValueError) as error:
             self.close()

@@ -62,7 +62,7 @@ def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def two_workers() -> Iterator[LocalCluster]:
+def processes() -> Iterator[LocalCluster]:
     """A scheduler, and two processes with a thread each, which come again when they are killed."""
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED}),
@@ -75,6 +75,13 @@ def two_workers() -> Iterator[LocalCluster]:
         ) as workers,
     ):
         yield workers
+
+
+@pytest.fixture
+def two_workers(processes: LocalCluster) -> LocalCluster:
+    """Both of them, those of an earlier test that were killed there again."""
+    processes.wait_for_workers(2)
+    return processes
 
 
 def batch(scans: Path, out: Path, model: Path, workers: LocalCluster) -> list[Outcome]:
@@ -300,6 +307,7 @@ def test_a_scheduler_without_workers_and_one_that_goes(
     archive: Path, whole: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "_REACH", 2.0)
+    monkeypatch.setattr(cluster_module, "_START", 0.5)
     out = tmp_path / "out"
     with LocalCluster(
         n_workers=0, processes=False, dashboard_address=":0", protocol="tcp://", silence_logs=50
