@@ -42,8 +42,8 @@ from organfast.remote import is_url
 __all__ = ["Cluster", "check_scheduler", "segment_here"]
 
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss|inproc)://\S+")
-# Seconds: to reach a scheduler; until its first worker is there, which may just be starting; without
-# any worker later on until it is given up; between looks at them.
+# Seconds: to reach a scheduler; until its first worker is there, which may just be starting; later
+# on without any worker until it is given up; between looks at them.
 _REACH = 10.0
 _START = 30.0
 _PATIENCE = 300.0
