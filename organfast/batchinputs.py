@@ -6,6 +6,7 @@
     archive/*/ct.*   archive/b/ct.nii.gz     input b/ct.nii.gz     output b
     scans.txt        ../far/b/x.nii.gz       input x.nii.gz        output x   (below what all share)
     x.nii.gz                                 input x.nii.gz        output x
+    s3://bucket/archive                      as archive/ above, NIfTI files and zips of DICOM
 
 A name is relative and never leads out of the output folder; two scans never have one.
 """
@@ -16,17 +17,20 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 
 from organfast.errors import InputError, is_whole
 from organfast.layouts import find_scans, is_no_scan, scan_name
 from organfast.ledger import RESERVED, key_of
+from organfast.remote import find_urls, is_url, shown
 
 __all__ = ["BatchInput", "find_inputs", "is_in_shard", "parse_shard"]
 
 _MAGIC = re.compile(r"[*?[]")
+# What is a scan on a store: a file. A folder of DICOM files is many.
+_ENDINGS = (".nii", ".nii.gz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,25 @@ class BatchInput:
     output : str
         Where its result goes, inside the output folder.
     path : str
-        Where it is read.
+        Where it is read: a path or a URL.
     """
 
     name: str
     output: str
-    path: str
+    # A URL may hold a password, and Dask logs what it was given.
+    path: str = field(repr=False)
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.output).parts
         if not parts or self.output.startswith("/") or ".." in parts or parts[0] in RESERVED:
             raise InputError(
-                self.path, f"has no usable name ({self.output!r})", "rename it, or give its folder"
+                self.shown, f"has no usable name ({self.output!r})", "rename it, or give its folder"
             )
+
+    @property
+    def shown(self) -> str:
+        """Where it is read, as it may be shown."""
+        return shown(self.path)
 
 
 def find_inputs(
@@ -66,7 +76,8 @@ def find_inputs(
         A folder, searched with all its sub-folders; a ``.txt`` file with a path on each line,
         relative to the list, empty lines and those that begin with ``#`` left out; a pattern with
         ``*``, ``?``, ``[...]`` or ``**``; or a scan. A folder and a pattern leave out hidden files
-        and label maps, masks and results by their names.
+        and label maps, masks and results by their names. A URL may be of any of
+        these but a list, which may hold URLs.
     out : str or PathLike
         The output folder, which the errors name.
 
@@ -80,7 +91,7 @@ def find_inputs(
     """
     each = [given] if isinstance(given, (str, PathLike)) else list(given)
     inputs = [found for one in each for found in _find(fspath(one))]
-    _check_apart(inputs, Path(out))
+    _check_apart(inputs, shown(out))
     return tuple(sorted(inputs, key=lambda found: found.name))
 
 
@@ -123,6 +134,8 @@ def is_in_shard(name: str, shard: tuple[int, int]) -> bool:
 
 
 def _find(given: str) -> list[BatchInput]:
+    if is_url(given):
+        return _at_url(given)
     path = Path(given)
     if path.is_dir():
         return _in_folder(path)
@@ -150,10 +163,44 @@ def _in_list(path: Path) -> list[BatchInput]:
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", "give a list") from None
     names = [line.strip() for line in lines]
+    urls = [name for name in names if is_url(name)]
+    if urls:
+        return _below_one_url(path, urls, [n for n in names if n and not n.startswith("#")])
     paths = [path.parent / name for name in names if name and not name.startswith("#")]
     if not paths:
         raise InputError(path, "names no scan", "give a path on each line")
     return _below_one([p for given in paths for p in find_scans(given).values()], path.parent)
+
+
+def _at_url(url: str) -> list[BatchInput]:
+    found = []
+    for name, file in find_urls(url, _ENDINGS).items():
+        inside = PurePosixPath(name)
+        is_ours = not any(part.startswith(".") for part in inside.parts)
+        if file == url or (is_ours and not is_no_scan(inside)):
+            found.append(BatchInput(name, _output(inside), file))
+    if not found:
+        kinds = ", ".join(_ENDINGS)
+        raise InputError(
+            shown(url), "holds no scan", f"give files that end in {kinds}, or a pattern in quotes"
+        )
+    return found
+
+
+def _below_one_url(path: Path, urls: Sequence[str], names: Sequence[str]) -> list[BatchInput]:
+    """URLs of a list, named from the folder on that all of them share."""
+    if len(urls) < len(names):
+        raise InputError(path, "names paths and URLs", "make a list of each")
+    base = os.path.commonpath([PurePosixPath(shown(url)).parent for url in urls])
+    found = []
+    for url in urls:
+        inside = PurePosixPath(shown(url)).relative_to(base)
+        found.append(BatchInput(inside.as_posix(), _output(inside), url))
+    return found
+
+
+def _output(inside: PurePosixPath) -> str:
+    return scan_name(inside.with_suffix("") if inside.suffix == ".zip" else inside)
 
 
 def _matching(pattern: str) -> list[BatchInput]:
@@ -182,18 +229,18 @@ def _below_one(paths: Sequence[Path], folder: Path) -> list[BatchInput]:
     return found
 
 
-def _check_apart(inputs: Sequence[BatchInput], out: Path) -> None:
+def _check_apart(inputs: Sequence[BatchInput], out: str) -> None:
     taken: dict[PurePosixPath, str] = {}
     for one in inputs:
         if PurePosixPath(one.output) in taken:
             raise ValueError(f"two scans are called {one.output}; segment them into two folders")
-        taken[PurePosixPath(one.output)] = one.path
+        taken[PurePosixPath(one.output)] = one.shown
     for output in taken:
         around = next((folder for folder in output.parents if folder in taken), None)
         if around is not None:
-            raise ValueError(f"the result {out / output} would lie in that of {taken[around]}")
+            raise ValueError(f"the result {out}/{output} would lie in that of {taken[around]}")
     known: dict[str, str] = {}
     for one in inputs:
         if one.name in known:
             raise ValueError(f"two scans are called {one.name}; segment them into two folders")
-        known[one.name] = one.path
+        known[one.name] = one.shown

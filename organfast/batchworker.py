@@ -1,4 +1,4 @@
-"""The process that segments scans of a batch: one model, scans that come through a pipe.
+"""What a process does with scans of a batch; and the one that gets them through a pipe.
 
 ::
 
@@ -10,15 +10,18 @@
                 <───────────────   Outcome           save, record       ┘ meanwhile
 
 A worker ends when its parent does: whatever it was doing is then not in place, and not half so.
+A worker of Dask (``cluster.py``) has the same desk, and a scan at a time on it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,14 +34,16 @@ from typing import Any
 from organfast import __version__
 from organfast.batchinputs import BatchInput
 from organfast.dicom import check_is_dicom
-from organfast.errors import InputError
-from organfast.ledger import Claim, Ledger, failure, input_digest
+from organfast.errors import InputError, is_transient
+from organfast.ledger import Claim, failure, input_digest
+from organfast.ledgers import ledger_of
 from organfast.memory import resident_bytes
 from organfast.models.classifier import Model, load_model
 from organfast.pipeline import Settings, segment_many
-from organfast.results import Result, check_target, saving
+from organfast.remote import fetched, is_url, shown
+from organfast.results import Result, saving
 
-__all__ = ["Job", "Outcome", "Outputs", "Ready", "loaded", "serve"]
+__all__ = ["Desk", "Job", "Outcome", "Outputs", "Ready", "agreed", "loaded", "serve"]
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,10 @@ class Job:
 
     Parameters
     ----------
-    out : Path
-        The output folder.
-    model : Path
-        A ``.organfast`` file.
+    out : Path or str
+        The output folder, or its URL.
+    model : Path or str
+        A ``.organfast`` file, or its URL.
     digest : str
         The model's, which the file must still have.
     device : str
@@ -98,15 +103,20 @@ class Job:
         What is written of each.
     threads : int
         Of a worker.
+    scratch : str or None
+        Where copies of what lies on a store are kept meanwhile; None is the system's temporary
+        folder.
     """
 
-    out: Path
-    model: Path
+    # A URL may hold a password, and Dask logs what it was given.
+    out: Path | str = field(repr=False)
+    model: Path | str = field(repr=False)
     digest: str
     device: str
     settings: Settings
     outputs: Outputs
     threads: int
+    scratch: str | None = None
 
     def how(self) -> dict[str, Any]:
         """What a record must agree with for a scan to be finished, but for the input."""
@@ -137,7 +147,8 @@ class Outcome:
     scan : BatchInput
         The scan.
     status : {"segmented", "kept", "failed", "elsewhere"}
-        ``kept`` was finished by an earlier run; on ``elsewhere`` another run is at work now.
+        ``kept`` was finished before, by an earlier run or by a worker of Dask that was lost before
+        it could tell; on ``elsewhere`` another run is at work now.
     error : InputError or None
         Why it failed.
     warnings : tuple of str
@@ -146,6 +157,8 @@ class Outcome:
         Volumes of the organs that are present.
     seconds : float
         All stages together, the waiting in between left out.
+    is_transient : bool
+        Whether it failed of a fault that may have passed a moment later.
     """
 
     scan: BatchInput
@@ -154,15 +167,16 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     organs_ml: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    is_transient: bool = False
 
 
-def loaded(path: Path, device: str = "auto") -> Model:
+def loaded(path: Path | str, device: str = "auto") -> Model:
     """A model of a file, its network to run on a device.
 
     Parameters
     ----------
-    path : Path
-        A ``.organfast`` file.
+    path : Path or str
+        A ``.organfast`` file, or the URL of one.
     device : {"auto", "cpu", "gpu"}
         Of a network; a forest runs on the CPU in any case.
 
@@ -176,7 +190,11 @@ def loaded(path: Path, device: str = "auto") -> Model:
     from organfast.models.cnn import Cnn
     from organfast.models.devices import find_devices
 
-    model = load_model(path)
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="organfast-") as folder:
+            model = load_model(fetched(str(path), Path(folder)))
+    else:
+        model = load_model(path)
     if not isinstance(model.classifier, Cnn):
         if device == "gpu":
             raise ValueError("the model is a forest, which runs on the CPU; leave --device")
@@ -199,128 +217,198 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     job: Job = connection.recv()
     try:
-        model = loaded(job.model, job.device)
-        if model.digest != job.digest:
-            raise InputError(job.model, "has changed since the batch began", "start it again")
+        model = agreed(job)
     except InputError as error:
         connection.send(error)
         return
-    _Worker(job, model, connection).run()
+    sending = Lock()
+
+    def send(message: Ready | Outcome) -> None:
+        with sending:
+            connection.send(message)
+
+    inbox: SimpleQueue[BatchInput] = SimpleQueue()
+    Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    send(Ready(resident_bytes()))
+    desk = Desk(job, model, send)
+    desk.work(_arriving(inbox, desk))
 
 
-class _Worker:
-    """Scans on their way through one process."""
+def agreed(job: Job) -> Model:
+    """The model of a batch, which must be what it was when the batch began.
 
-    def __init__(self, job: Job, model: Model, connection: Connection) -> None:
-        self.job, self.model, self.connection = job, model, connection
-        self.ledger = Ledger(job.out)
-        self.inbox: SimpleQueue[BatchInput] = SimpleQueue()
+    Parameters
+    ----------
+    job : Job
+        Of the batch.
+
+    Raises
+    ------
+    InputError
+        It cannot be used, or is another one.
+    """
+    model = loaded(job.model, job.device)
+    if model.digest != job.digest:
+        raise InputError(shown(job.model), "has changed since the batch began", "start it again")
+    return model
+
+
+def _listen(connection: Connection, inbox: SimpleQueue[BatchInput]) -> None:
+    while True:
+        try:
+            scan = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # the parent has gone, or wants no more
+        inbox.put(scan)
+
+
+def _arriving(inbox: SimpleQueue[BatchInput], desk: Desk) -> Iterator[BatchInput | None]:
+    """Scans as they come, or None where those on the desk should be segmented first."""
+    while True:
+        try:
+            yield inbox.get(block=desk.is_clear)
+        except Empty:
+            yield None
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A scan that is to be segmented here and now."""
+
+    scan: BatchInput
+    claim: Claim
+    path: str
+    digest: str
+    # Where it was fetched to, if it was.
+    folder: Path | None
+
+    def release(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.claim.release()
+
+
+class Desk:
+    """Scans on their way through one process: claimed, read, segmented, saved, recorded, told of.
+
+    Parameters
+    ----------
+    job : Job
+        What they have in common.
+    model : Model
+        The job's.
+    tell : callable
+        Called with the outcome of each scan, in any thread.
+    """
+
+    def __init__(self, job: Job, model: Model, tell: Callable[[Outcome], None]) -> None:
+        self.job, self.model, self.tell = job, model, tell
+        self.ledger = ledger_of(job.out, job.scratch)
         # Read or being read, not yet segmented.
-        self.due: deque[tuple[BatchInput, Claim, str]] = deque()
-        self.sending = Lock()
+        self.due: deque[_Begun] = deque()
 
-    def run(self) -> None:
-        Thread(target=self._listen, daemon=True).start()
-        self._send(Ready(resident_bytes()))
+    @property
+    def is_clear(self) -> bool:
+        """Whether no scan waits to be segmented."""
+        return not self.due
+
+    def work(self, scans: Iterable[BatchInput | None]) -> None:
+        """See to scans as they come; None among them says that no more are known yet.
+
+        Raises
+        ------
+        InputError
+            The output folder cannot be used.
+        """
         with saving() as save:
             results = segment_many(
-                self._paths(),
+                self._paths(scans),
                 self.model,
                 self.job.settings,
                 threads=self.job.threads,
                 on_error=self._unusable,
             )
             for result in results:
-                due = self.due.popleft()
+                begun = self.due.popleft()
                 # No file holds the confidence: its memory goes to the next scan.
                 slim = replace(result, confidence=None)
-                save(partial(self._save, due, slim), _no_more)
+                save(partial(self._save, begun, slim), _no_more)
                 # Else they would stay in memory, though written, until the next one is there.
                 del result, slim
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                scan = self.connection.recv()
-            except (EOFError, OSError):
-                os._exit(0)  # the parent has gone, or wants no more
-            self.inbox.put(scan)
-
-    def _send(self, message: Ready | Outcome) -> None:
-        with self.sending:
-            self.connection.send(message)
-
-    def _paths(self) -> Iterator[str | None]:
-        """Scans to read, or None where those that were read should be segmented first."""
-        while True:
-            try:
-                scan = self.inbox.get(block=not self.due)
-            except Empty:
+    def _paths(self, scans: Iterable[BatchInput | None]) -> Iterator[str | None]:
+        for scan in scans:
+            if scan is None:
                 yield None
-                continue
-            if self._begin(scan):
-                yield scan.path
+            elif self._begin(scan):
+                yield self.due[-1].path
 
     def _begin(self, scan: BatchInput) -> bool:
         """Whether a scan is to be segmented here and now."""
-        claim = self.ledger.claim(scan.name)
-        if claim is None:
-            self._send(Outcome(scan, "elsewhere"))
-            return False
         try:
-            self.job.outputs.check(scan.path)
-            digest = input_digest(scan.path)
-            record = self.ledger.record(scan.name)
-            of_scan = {"input": scan.name, "output": scan.output, "input_sha256": digest}
-            wanted = {**of_scan, **self.job.how(), "error": None}
-            if (
-                record is not None
-                and wanted.items() <= record.items()
-                and self.ledger.holds(record)
-            ):
-                self._keep(scan, claim, record)
-                return False
-            self._check_place(scan, record)
+            claim = self.ledger.claim(scan.name)
         except InputError as error:
-            self._fail(scan, claim, error)
+            if not is_transient(error):
+                raise
+            self.tell(Outcome(scan, "failed", error, is_transient=True))
             return False
-        self.due.append((scan, claim, digest))
+        if claim is None:
+            self.tell(Outcome(scan, "elsewhere"))
+            return False
+        begun = _Begun(scan, claim, scan.path, "", None)
+        try:
+            if is_url(scan.path):
+                folder = Path(tempfile.mkdtemp(prefix="organfast-", dir=self.job.scratch))
+                begun = replace(begun, folder=folder)
+                begun = replace(begun, path=os.fspath(fetched(scan.path, folder)))
+            self.job.outputs.check(begun.path)
+            begun = replace(begun, digest=input_digest(begun.path))
+            record = self.ledger.record(scan.name)
+            if record is not None and self._is_finished(begun, record):
+                self._keep(begun, record)
+                return False
+            self.ledger.check_place(scan.output, record)
+        except InputError as error:
+            self._fail(begun, error)
+            return False
+        self.due.append(begun)
         return True
 
-    def _check_place(self, scan: BatchInput, record: Mapping[str, Any] | None) -> None:
-        """Refuse a place that holds anything but what was put there by a batch."""
-        place = self.job.out / scan.output
-        files = {p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir()}
-        if record is None or not files <= {*record["files"], "timings.json"}:
-            check_target(place)
+    def _is_finished(self, begun: _Begun, record: Mapping[str, Any]) -> bool:
+        scan = begun.scan
+        of_scan = {"input": scan.name, "output": scan.output, "input_sha256": begun.digest}
+        wanted = {**of_scan, **self.job.how(), "error": None}
+        return wanted.items() <= record.items() and self.ledger.holds(record)
 
-    def _keep(self, scan: BatchInput, claim: Claim, record: Mapping[str, Any]) -> None:
-        organs = json.loads((self.job.out / scan.output / "organs.json").read_text("utf-8"))
-        claim.release()
+    def _keep(self, begun: _Begun, record: Mapping[str, Any]) -> None:
+        organs = json.loads(self.ledger.content(begun.scan.output, "organs.json"))
+        begun.release()
         volumes = {n: o["volume_ml"] for n, o in organs["organs"].items() if o["present"]}
-        self._send(Outcome(scan, "kept", None, tuple(record["warnings"]), volumes))
+        self.tell(Outcome(begun.scan, "kept", None, tuple(record["warnings"]), volumes))
 
     def _unusable(self, error: InputError) -> None:
-        scan, claim, digest = self.due.popleft()
-        self._fail(scan, claim, error, digest)
+        self._fail(self.due.popleft(), error)
 
-    def _fail(
-        self, scan: BatchInput, claim: Claim, error: InputError, digest: str | None = None
-    ) -> None:
-        if error.path.startswith(os.fspath(claim.work)):
-            error = InputError(self.job.out / scan.output, error.problem, error.remedy)
-        text = f"{error.problem}; {error.remedy}".replace(scan.path, scan.name)
+    def _fail(self, begun: _Begun, error: InputError) -> None:
+        scan, passing = begun.scan, is_transient(error)
+        path = error.path
+        if path.startswith(os.fspath(begun.claim.work)):
+            path = self.ledger.where(scan.output)
+        elif begun.folder is not None and path.startswith(os.fspath(begun.folder)):
+            path = scan.shown
+        error = InputError(path, error.problem.replace(begun.path, scan.shown), error.remedy)
+        text = f"{error.problem}; {error.remedy}".replace(scan.shown, scan.name)
         try:
-            record = failure(scan.name, scan.output, self.job.how(), text, digest)
-            self.ledger.write(claim, record)
+            record = failure(scan.name, scan.output, self.job.how(), text, begun.digest or None)
+            self.ledger.write(begun.claim, record)
         except InputError as unwritten:
             error = InputError(error.path, f"{error.problem}; {unwritten.problem}", error.remedy)
-        claim.release()
-        self._send(Outcome(scan, "failed", error))
+        begun.release()
+        self.tell(Outcome(scan, "failed", error, is_transient=passing))
 
-    def _save(self, due: tuple[BatchInput, Claim, str], result: Result) -> None:
+    def _save(self, begun: _Begun, result: Result) -> None:
         """Write a result and its record, in the thread that writes."""
-        scan, claim, digest = due
+        scan, claim = begun.scan, begun.claim
         folder = claim.work / "result"
         try:
             self.job.outputs.save(result, folder)
@@ -329,7 +417,7 @@ class _Worker:
             record = {
                 "input": scan.name,
                 "output": scan.output,
-                "input_sha256": digest,
+                "input_sha256": begun.digest,
                 **self.job.how(),
                 "files": files,
                 "warnings": list(result.warnings),
@@ -337,16 +425,16 @@ class _Worker:
             }
             self.ledger.write(claim, record, {"input": scan.name, **timings})
         except InputError as error:
-            self._fail(scan, claim, error, digest)
+            self._fail(begun, error)
             return
-        claim.release()
+        begun.release()
         seconds = sum(timings["seconds"].values())
         volumes = {
             organ.name: round(organ.volume_ml, 3)
             for organ in result.organs.values()
             if organ.present
         }
-        self._send(Outcome(scan, "segmented", None, result.warnings, volumes, seconds))
+        self.tell(Outcome(scan, "segmented", None, result.warnings, volumes, seconds))
 
 
 def _no_more(error: InputError | None) -> None:

@@ -62,13 +62,13 @@ app = typer.Typer(
 )
 
 Scans = Annotated[
-    list[Path],
+    list[str],
     typer.Option(
         "-i",
         "--input",
         help="A scan (.nii, .nii.gz, or a DICOM series: its folder, a zip, FOLDER#N for one "
-        "series of several), a folder of scans, a .txt list of paths, or a pattern in quotes; "
-        "repeatable.",
+        "series of several), a folder of scans, a .txt list of paths, a pattern in quotes, or the "
+        "URL of a file, a folder or a pattern (s3://...); repeatable.",
     ),
 ]
 ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
@@ -364,10 +364,14 @@ def train(
 def segment(
     scans: Scans,
     out: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="A folder, or NAME.nii.gz for one label map alone."),
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A folder, its URL, or NAME.nii.gz for one label map alone.",
+        ),
     ],
-    model: ModelFile,
+    model: Annotated[str, typer.Option("-m", "--model", help="A .organfast file, or its URL.")],
     organs: Annotated[
         str | None, typer.Option(help="Organs to keep, parted by commas. Default: all.")
     ] = None,
@@ -417,6 +421,13 @@ def segment(
         str | None,
         typer.Option(help="Of several scans: only part i of N, as i/N, by the scans' names."),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Of Dask, whose workers segment (tcp://host:port or its .json file); --threads "
+            "are then of each scan."
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -429,26 +440,30 @@ def segment(
     from organfast.batch import BatchPlan
     from organfast.batchinputs import find_inputs, parse_shard
     from organfast.batchworker import Outputs
-    from organfast.models.classifier import load_model
+    from organfast.batchworker import loaded as load
     from organfast.pipeline import Settings
+    from organfast.remote import is_url, shown
     from organfast.results import is_one_file
     from organfast.segmentation import Cleaning
 
     types = _output_types(output_type, out)
     inputs = find_inputs(scans, out)
-    is_batch = len(scans) > 1 or [Path(one.path) for one in inputs] != scans
+    is_elsewhere = scheduler is not None or any(map(is_url, [*scans, out]))
+    is_one = len(scans) == 1 and [Path(one.path) for one in inputs] == [Path(scans[0])]
+    is_batch = is_elsewhere or not is_one
     _check_place(scans, out, is_batch=is_batch, shard=shard)
     plan = BatchPlan(
         workers,
         None if max_memory is None else _gigabytes("--max-memory", max_memory),
         (1, 1) if shard is None else parse_shard(shard),
         device,
+        scheduler,
     )
     if probabilities and is_one_file(out):
         raise ValueError(f"--probabilities needs a folder, and {out} is one file")
     if report and is_one_file(out):
         raise ValueError(f"--report needs a folder, and {out} is one file")
-    loaded = _on_device(load_model(model), device)
+    loaded = load(model if is_url(model) else Path(model), device)
     names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
     for name in wanted:
@@ -463,13 +478,14 @@ def segment(
         confidence=not labels_only,
     )
     asked = (_stride(stride), coarse_to_fine, _refine(coarse_to_fine, margin), trees)
-    settings = _with_shortcuts(settings, asked, preset, (model, loaded))
+    settings = _with_shortcuts(settings, asked, preset, (Path(shown(model)), loaded))
 
     outputs = Outputs(preview, kept, report, types)
     if not is_batch:
         outputs.check(scans[0])
-        _check_fits(scans[0], loaded, settings, plan)
-        _segment_one(scans[0], out, loaded, (settings, outputs), threads=threads, as_json=as_json)
+        scan = Path(scans[0])
+        _check_fits(scan, loaded, settings, plan)
+        _segment_one(scan, Path(out), loaded, (settings, outputs), threads=threads, as_json=as_json)
         return
     how = (model, settings, outputs, plan)
     raise typer.Exit(_segment_batch(inputs, out, how, threads=threads, as_json=as_json))
@@ -478,7 +494,8 @@ def segment(
 @app.command()
 def merge(
     folders: Annotated[
-        list[Path], typer.Argument(help="Output folders of `organfast segment` of several scans.")
+        list[str],
+        typer.Argument(help="Output folders of `organfast segment` of several scans, or URLs."),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -486,7 +503,8 @@ def merge(
 
     batch.jsonl, sorted by input, is written into the first folder; results stay where they are.
     """
-    from organfast.ledger import merge as merge_records
+    from organfast.ledgers import merge as merge_records
+    from organfast.remote import shown
 
     merged = merge_records(folders)
     n_failed, n_missing = len(merged.failed), len(merged.missing)
@@ -499,7 +517,7 @@ def merge(
         _json({"done": n_done, "failed": n_failed, "missing": n_missing})
     else:
         print(f"{n_done} scans done, {n_failed} failed, {n_missing} missing")
-        print(f"wrote {folders[0] / 'batch.jsonl'}")
+        print(f"wrote {shown(folders[0]).rstrip('/')}/batch.jsonl")
     if n_failed or n_missing:
         raise typer.Exit(EXIT_SOME_FAILED if n_done else EXIT_INPUT)
 
@@ -1108,7 +1126,7 @@ def _split(path: Path, dataset: Dataset) -> Split:
     return split
 
 
-def _output_types(given: list[str] | None, out: Path) -> tuple[str, ...]:
+def _output_types(given: list[str] | None, out: str) -> tuple[str, ...]:
     from organfast.results import OUTPUT_TYPES, is_one_file
 
     types = tuple(dict.fromkeys(given or ["nifti"]))
@@ -1121,7 +1139,7 @@ def _output_types(given: list[str] | None, out: Path) -> tuple[str, ...]:
     return types
 
 
-def _check_place(scans: list[Path], out: Path, *, is_batch: bool, shard: str | None) -> None:
+def _check_place(scans: list[str], out: str, *, is_batch: bool, shard: str | None) -> None:
     """Refuse an output that one scan, or several, cannot have."""
     from organfast.results import is_one_file
 
@@ -1129,7 +1147,7 @@ def _check_place(scans: list[Path], out: Path, *, is_batch: bool, shard: str | N
         if is_one_file(out):
             raise ValueError(f"{out} is one file, but there are several scans; give a folder")
         return
-    if out.resolve() == scans[0].resolve():
+    if Path(out).resolve() == Path(scans[0]).resolve():
         raise ValueError(f"{out} is the scan itself; give another output")
     if shard is not None:
         raise ValueError("--shard parts several scans, and there is one; leave it")
@@ -1311,8 +1329,8 @@ def _segment_one(
 
 def _segment_batch(
     inputs: tuple[BatchInput, ...],
-    out: Path,
-    how: tuple[Path, Settings, Outputs, BatchPlan],
+    out: str,
+    how: tuple[str, Settings, Outputs, BatchPlan],
     *,
     threads: int,
     as_json: bool,
@@ -1320,14 +1338,16 @@ def _segment_batch(
     """Segment several scans, tell of each as it ends, and return the exit code."""
     from organfast.batch import segment_batch
     from organfast.batchinputs import is_in_shard
+    from organfast.remote import shown
 
     total = sum(is_in_shard(one.name, how[3].shard) for one in inputs)
+    place = shown(out).rstrip("/")
     told = _ToldBatch(total, time.monotonic())
     with _progress() as progress, _terminable():
         outcomes = segment_batch(inputs, out, *how, threads=threads, progress=progress)
         try:
             for outcome in outcomes:
-                told.tell(outcome, out, as_json=as_json)
+                told.tell(outcome, place, as_json=as_json)
         except InputError as error:  # and what was finished before stays
             _complain(str(error))
             return EXIT_SOME_FAILED if told.n_done else EXIT_INPUT
@@ -1335,14 +1355,14 @@ def _segment_batch(
             outcomes.close()
             n_left = total - told.n_done - told.n_failed
             _complain(
-                f"{out}: interrupted, {n_left} scans left; the same command goes on from here"
+                f"{place}: interrupted, {n_left} scans left; the same command goes on from here"
             )
             return EXIT_INPUT
     if told.n_elsewhere:
         _complain(f"note: {told.n_elsewhere} scans are in the hands of another run")
     if not as_json:
         kept = f" ({told.n_kept} by an earlier run)" if told.n_kept else ""
-        print(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {out / 'batch.jsonl'}")
+        print(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {place}/batch.jsonl")
     if told.n_failed:
         return EXIT_SOME_FAILED if told.n_failed < total else EXIT_INPUT
     return 0
@@ -1359,7 +1379,7 @@ class _ToldBatch:
     n_failed: int = 0
     n_elsewhere: int = 0
 
-    def tell(self, outcome: Outcome, out: Path, *, as_json: bool) -> None:
+    def tell(self, outcome: Outcome, out: str, *, as_json: bool) -> None:
         scan = outcome.scan
         if outcome.error is not None:
             self.n_failed += 1
@@ -1370,17 +1390,17 @@ class _ToldBatch:
             return
         self.n_done += 1
         self.n_kept += outcome.status == "kept"
-        target = out / scan.output
+        target = f"{out}/{scan.output}"
         if as_json:
-            told = {"input": scan.path, "output": str(target), "organs_ml": outcome.organs_ml}
+            told = {"input": scan.shown, "output": target, "organs_ml": outcome.organs_ml}
             _json({**told, "status": outcome.status}, indent=None)
         if outcome.status == "kept":
             return
-        _warn(Path(scan.path), outcome.warnings)
+        _warn(scan.shown, outcome.warnings)
         if not as_json:
             n_told = self.n_done + self.n_failed + self.n_elsewhere
             print(
-                f"[{n_told}/{self.total}] {scan.path}: {len(outcome.organs_ml)} organs in "
+                f"[{n_told}/{self.total}] {scan.shown}: {len(outcome.organs_ml)} organs in "
                 f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}",
                 flush=True,
             )
@@ -1444,7 +1464,7 @@ def _complain(text: str) -> None:
     print(f"organfast: {line}", file=sys.stderr)
 
 
-def _warn(path: Path, warnings: Iterable[str]) -> None:
+def _warn(path: Path | str, warnings: Iterable[str]) -> None:
     for warning in warnings:
         _complain(f"{path}: warning: {warning}")
 

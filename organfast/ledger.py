@@ -31,17 +31,18 @@ from typing import Any
 
 from organfast.errors import InputError
 from organfast.nifti import file_digest
-from organfast.results import swap
+from organfast.results import check_target, swap
 
 __all__ = [
     "RESERVED",
     "Claim",
     "Ledger",
-    "Merged",
+    "as_line",
     "failure",
     "input_digest",
     "key_of",
-    "merge",
+    "parsed",
+    "sorted_records",
     "tree_digests",
     "unwritable",
 ]
@@ -121,6 +122,43 @@ def failure(
     return {**start, **how, "files": {}, "warnings": [], "error": error}
 
 
+def as_line(content: Mapping[str, Any]) -> str:
+    """A record as a line of JSON.
+
+    Parameters
+    ----------
+    content : mapping
+        The record.
+    """
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parsed(content: bytes | None) -> Any:
+    """The JSON of a file's content; None of none and of what is damaged.
+
+    Parameters
+    ----------
+    content : bytes or None
+        Of the file.
+    """
+    try:
+        return None if content is None else json.loads(content.decode("utf-8", "surrogateescape"))
+    except ValueError:
+        return None
+
+
+def sorted_records(contents: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Records of the contents of their files, sorted by input; damaged ones left out.
+
+    Parameters
+    ----------
+    contents : iterable of bytes
+        Of the files.
+    """
+    found = (parsed(content) for content in contents)
+    return sorted((r for r in found if isinstance(r, dict)), key=lambda r: str(r["input"]))
+
+
 def unwritable(path: str | PathLike[str], error: OSError) -> InputError:
     """The error of what could not be written.
 
@@ -145,18 +183,19 @@ class Claim:
         The scan's.
     work : Path
         A folder for what is being written; it need not exist.
-    descriptor : int
-        Of the locked file.
+    descriptor : int or None
+        Of the locked file; None on a store without locks, where another process may have it, too.
     """
 
     name: str
     work: Path
-    descriptor: int
+    descriptor: int | None
 
     def release(self) -> None:
         """Remove what was not put in its place, and let others work on the scan."""
         shutil.rmtree(self.work, ignore_errors=True)
-        os.close(self.descriptor)
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
@@ -175,6 +214,15 @@ class Ledger:
     def folder(self) -> Path:
         """Where everything is that is not a result."""
         return self.out / ".batch"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a batch has been here."""
+        return self.folder.is_dir()
+
+    def where(self, output: str) -> str:
+        """The place of a result, as errors name it."""
+        return os.fspath(self.out / output)
 
     def open(self, names: Iterable[str]) -> None:
         """Make the folders, note what there is to do, and remove what dead processes left.
@@ -226,6 +274,34 @@ class Ledger:
         except InputError:
             return False
 
+    def check_place(self, output: str, record: Mapping[str, Any] | None) -> None:
+        """Refuse a result's place that holds anything but what a batch has put there.
+
+        Raises
+        ------
+        InputError
+            It does, or cannot be written to.
+        """
+        place = self.out / output
+        files = {path.relative_to(place).as_posix() for path in _files(place)}
+        if record is None or not files <= {*record["files"], _TIMINGS}:
+            check_target(place)
+
+    def content(self, output: str, name: str) -> bytes:
+        """A file of a result.
+
+        Raises
+        ------
+        InputError
+            It cannot be read.
+        """
+        path = self.out / output / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(path, f"cannot be read ({reason})", "segment it again") from None
+
     def finish(self, claim: Claim, result: Path, output: str) -> dict[str, str]:
         """Put a result, which lies in the claim's folder, in its place; the digests of its files.
 
@@ -265,7 +341,7 @@ class Ledger:
                 if content is None:
                     path.unlink(missing_ok=True)
                 else:
-                    self._replace(path, _line(content), claim.work / kind)
+                    self._replace(path, as_line(content), claim.work / kind)
         except OSError as error:
             raise unwritable(self.out, error) from None
 
@@ -294,7 +370,7 @@ class Ledger:
                     ("batch.jsonl", lines),
                     ("timings.jsonl", self._all("timings")),
                 ):
-                    self._replace(self.out / name, "".join(map(_line, content)))
+                    self._replace(self.out / name, "".join(map(as_line, content)))
         except OSError as error:
             raise unwritable(self.out, error) from None
 
@@ -337,72 +413,8 @@ class Ledger:
     def _all(self, kind: str) -> list[dict[str, Any]]:
         folder = self.folder / kind
         paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-        found = (_read(path) for path in paths)
-        return sorted((r for r in found if isinstance(r, dict)), key=lambda r: str(r["input"]))
-
-
-# --- several runs ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What one or several output folders hold, taken together.
-
-    Parameters
-    ----------
-    records : tuple of dict
-        Of each scan once, sorted by input.
-    missing : tuple of str
-        Scans that a run was given and that have no record, sorted.
-    """
-
-    records: tuple[dict[str, Any], ...]
-    missing: tuple[str, ...]
-
-    @property
-    def failed(self) -> tuple[dict[str, Any], ...]:
-        """Records of scans that could not be segmented."""
-        return tuple(record for record in self.records if record["error"] is not None)
-
-
-def merge(folders: Sequence[str | PathLike[str]]) -> Merged:
-    """Make one ``batch.jsonl``, sorted by input, of the records of several output folders.
-
-    It is written into the first of them; results stay where they are. Of a scan that failed in one
-    folder and not in another, the success counts.
-
-    Parameters
-    ----------
-    folders : sequence of str or PathLike
-        Output folders of batches, such as the shards of one; a single one, too.
-
-    Raises
-    ------
-    InputError
-        A folder is none of a batch, two of them have different results of one scan, or the file
-        cannot be written.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    given: set[str] = set()
-    ledgers = [Ledger(Path(folder)) for folder in folders]
-    for ledger in ledgers:
-        if not ledger.folder.is_dir():
-            raise InputError(ledger.out, "holds no batch", "give what segment had as -o")
-        given.update(ledger.inputs())
-        for record in ledger.records():
-            name = record["input"]
-            earlier = found.get(name)
-            if earlier is None or earlier["error"] is not None:
-                found[name] = record
-            elif record["error"] is None and record != earlier:
-                raise InputError(
-                    ledger.out,
-                    f"holds another result of {name} than an earlier folder",
-                    "merge runs of one model and one set of scans",
-                )
-    records = tuple(found[name] for name in sorted(found))
-    ledgers[0].gather(records)
-    return Merged(records, tuple(sorted(given - set(found))))
+        found = (_bytes(path) for path in paths)
+        return sorted_records(content for content in found if content is not None)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -430,13 +442,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _read(path: Path) -> Any:
     """JSON of a file; None where it is not there or damaged, which counts as not finished."""
+    return parsed(_bytes(path))
+
+
+def _bytes(path: Path) -> bytes | None:
     try:
-        return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
-    except (OSError, ValueError):
+        return path.read_bytes()
+    except OSError:
         return None

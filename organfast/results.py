@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ __all__ = [
     "Result",
     "check_file_target",
     "check_target",
+    "is_of_results",
     "is_one_file",
     "peak_memory_mb",
     "saving",
@@ -372,6 +373,17 @@ def is_one_file(out: str | PathLike[str]) -> bool:
     return Path(out).name.endswith((".nii", ".nii.gz"))
 
 
+def is_of_results(names: Iterable[str]) -> bool:
+    """Whether files or folders are such as lie in a result's folder, by their names.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of what lies directly in a folder.
+    """
+    return set(names) <= _CONTENT
+
+
 def check_target(out: str | PathLike[str]) -> None:
     """Refuse an output that :meth:`Result.save` could not write, before anything is computed.
 
@@ -426,7 +438,7 @@ def _check_replaceable(folder: Path) -> None:
     """Refuse to replace what is neither empty nor an earlier result and nothing else."""
     content = {entry.name for entry in folder.iterdir()}
     is_result = RUN_RECORD in content and not content.isdisjoint(OUTPUT_TYPES.values())
-    if content and not (is_result and content <= _CONTENT):
+    if content and not (is_result and is_of_results(content)):
         raise InputError(folder, "is a folder that holds other files", "give a new or empty folder")
     if os.path.ismount(folder) or folder.samefile(Path.cwd()):
         raise InputError(

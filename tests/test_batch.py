@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from batches import (
+    BARE,
+    NAMES,
+    command,
+    is_held,
+    lines,
+    statuses,
+    tree,
+    wait_for,
+    write_archive,
+)
 
 import organfast as of
 from organfast.batch import BatchPlan, segment_batch
@@ -28,25 +38,17 @@ from organfast.batchinputs import find_inputs, is_in_shard, parse_shard
 from organfast.batchworker import Outcome, Outputs
 from organfast.cli import run
 from organfast.errors import InputError
-from organfast.ledger import Ledger, key_of, merge, tree_digests
+from organfast.ledger import Ledger, key_of, tree_digests
+from organfast.ledgers import merge
 from organfast.memory import resident_bytes, scan_bytes
 from organfast.models.classifier import load_model, save_model
 from organfast.nifti import write_volume
-
-BARE = Outputs(preview=False)
-NAMES = ("a.nii.gz", "p1/ct.nii.gz", "p2/deep/ct.nii.gz", "p3/Lungen_ärztlich.nii.gz", "q.nii")
 
 
 @pytest.fixture(scope="module")
 def archive(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five crops of phantom patients in folders of different depth: to read, not to write to."""
-    folder = tmp_path_factory.mktemp("batch") / "archive"
-    for n, name in enumerate(NAMES):
-        image = nib.load(cohort_folder / f"phantom_00{n % 3}" / "ct.nii.gz")
-        part = image.slicer[10:60, 10:60, n : n + 20]
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        nib.save(part, folder / name)
-    return folder
+    return write_archive(cohort_folder, tmp_path_factory.mktemp("batch") / "archive")
 
 
 @pytest.fixture
@@ -66,33 +68,6 @@ def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFact
 
 def batch(scans: object, out: Path, model: Path, plan: BatchPlan | None = None) -> list[Outcome]:
     return list(segment_batch(scans, out, model, None, BARE, plan, threads=2))
-
-
-def statuses(outcomes: list[Outcome]) -> dict[str, str]:
-    return {outcome.scan.name: outcome.status for outcome in outcomes}
-
-
-def tree(out: Path) -> dict[str, bytes | None]:
-    """Every file's bytes, those of timings left out; a folder is there, too."""
-    return {
-        path.relative_to(out).as_posix(): None if path.is_dir() else path.read_bytes()
-        for path in out.rglob("*")
-        if path.name not in ("timings.json", "timings.jsonl") and path.parent.name != "timings"
-    }
-
-
-def lines(out: Path, name: str = "batch.jsonl") -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / name).read_text("utf-8").splitlines()]
-
-
-def command(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "organfast", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
@@ -282,13 +257,6 @@ def test_a_signal_ends_it_and_says_what_goes_on(
     assert all(line in lines(whole) for line in recorded)
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} does not come"
-        time.sleep(0.002)
-
-
 def test_who_stops_asking_ends_the_workers(
     archive: Path, whole: Path, model_file: Path, tmp_path: Path
 ) -> None:
@@ -339,17 +307,7 @@ class Killer:
             time.sleep(0.0005)
 
     def is_held(self) -> bool:
-        try:
-            descriptor = os.open(self.lock, os.O_RDWR)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_held(self.lock)
 
     def __enter__(self) -> Killer:
         self.thread.start()

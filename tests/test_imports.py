@@ -13,7 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
-    ["errors", "files", "progress", "workers", "surfaces", "statistics", "calibration", "curve"],
+    [
+        "errors",
+        "files",
+        "progress",
+        "remote",
+        "workers",
+        "surfaces",
+        "statistics",
+        "calibration",
+        "curve",
+    ],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     [
@@ -61,7 +71,17 @@ COLUMNS = [
         "sweep",
         "viewing",
     ],
-    ["ledger", "memory", "batchinputs", "batchworker", "batch"],
+    [
+        "ledger",
+        "remoteledger",
+        "ledgers",
+        "memory",
+        "batchinputs",
+        "batchworker",
+        "crew",
+        "cluster",
+        "batch",
+    ],
     ["bench", "benchcases", "benchcnn", "benchforest", "benchscan", "benchscores", "demo"],
     ["cli"],
 ]
@@ -134,11 +154,22 @@ def test_only_nifti_imports_nibabel() -> None:
             assert "import nibabel" not in path.read_text("utf-8"), path.name
 
 
+def test_only_cluster_imports_dask_and_only_remote_imports_fsspec() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert ("from distributed import" in text) == (path.name == "cluster.py"), path.name
+        assert ("from fsspec" in text) == (path.name == "remote.py"), path.name
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
         ("import organfast", ["scipy", "numba", "nibabel", "sklearn", "matplotlib", "typer"]),
         ("import organfast.cli", ["scipy", "numba", "nibabel", "sklearn", "matplotlib"]),
+        (
+            "import organfast.batch, organfast.batchworker",
+            ["dask", "distributed", "fsspec", "s3fs"],
+        ),
         (
             "import organfast.pipeline, organfast.models.forest, organfast.probability",
             ["numba", "sklearn", "jax", "matplotlib", "pydicom", "highdicom"],
