@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
-    ["errors", "files", "progress", "workers", "surfaces", "statistics", "calibration", "curve"],
+    [
+        *("errors", "files", "progress", "room", "workers", "surfaces", "statistics"),
+        *("calibration", "curve"),
+    ],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
     [
