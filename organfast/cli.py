@@ -212,7 +212,7 @@ def demo(
     )
     print(f"{len(dice)} organs. Phantoms are made up: this says nothing of real scans. Look at")
     for name in ("segmented/report.html", "segmented/overlay.png", "segmented"):
-        print(f"  {out / name}")
+        _say(f"  {out / name}")
 
 
 @app.command()
@@ -352,7 +352,7 @@ def train(
     n_cases, n_patients = len(found.cases), len(found.patients)
     print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
     _describe(learned)
-    print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -494,7 +494,7 @@ def merge(
         _json({"done": n_done, "failed": n_failed, "missing": n_missing})
     else:
         print(f"{n_done} scans done, {n_failed} failed, {n_missing} missing")
-        print(f"wrote {folders[0] / 'batch.jsonl'}")
+        _say(f"wrote {folders[0] / 'batch.jsonl'}")
     if n_failed or n_missing:
         raise typer.Exit(EXIT_SOME_FAILED if n_done else EXIT_INPUT)
 
@@ -575,7 +575,7 @@ def calibrate(
         else "after: not known, for a single patient leaves nobody to test on"
     )
     print(f"confidence off by {before:.1%} before, {left_out}")
-    print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -914,7 +914,7 @@ def info(
         _json(described)
         return
     for key, value in described.items():
-        print(f"{key:12}  {_plain(value)}")
+        _say(f"{key:12}  {_plain(value)}")
 
 
 @app.command()
@@ -935,7 +935,7 @@ def export(
 
     check_file_target(out)
     export_model(load_model(model), out, to)
-    print(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
+    _say(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
 
 
 @app.command()
@@ -1301,7 +1301,7 @@ def _segment_one(
         return
     _organ_table(present)
     seconds = sum(result.timings["seconds"].values())
-    print(f"{scan}: {len(present)} organs in {seconds:.1f} s -> {out}")
+    _say(f"{scan}: {len(present)} organs in {seconds:.1f} s -> {out}")
 
 
 def _segment_batch(
@@ -1337,7 +1337,7 @@ def _segment_batch(
         _complain(f"note: {told.n_elsewhere} scans are in the hands of another run")
     if not as_json:
         kept = f" ({told.n_kept} by an earlier run)" if told.n_kept else ""
-        print(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {out / 'batch.jsonl'}")
+        _say(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {out / 'batch.jsonl'}")
     if told.n_failed:
         return EXIT_SOME_FAILED if told.n_failed < total else EXIT_INPUT
     return 0
@@ -1374,11 +1374,11 @@ class _ToldBatch:
         _warn(Path(scan.path), outcome.warnings)
         if not as_json:
             n_told = self.n_done + self.n_failed + self.n_elsewhere
-            print(
+            _say(
                 f"[{n_told}/{self.total}] {scan.path}: {len(outcome.organs_ml)} organs in "
-                f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}",
-                flush=True,
+                f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}"
             )
+            sys.stdout.flush()
 
     def _left(self, n_told: int) -> str:
         n_left, n_new = self.total - n_told, n_told - self.n_kept
@@ -1432,11 +1432,17 @@ def _progress() -> Iterator[Progress]:
 
 def _complain(text: str) -> None:
     """One line on standard error, whatever the name of a file holds."""
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in " ".join(text.split())
-    )
-    print(f"organfast: {line}", file=sys.stderr)
+    print(f"organfast: {_printable(' '.join(text.split()))}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    """One line on standard output, whatever the name of a file holds."""
+    print(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Nothing that ends a line, steers a terminal or turns its text around."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _warn(path: Path, warnings: Iterable[str]) -> None:
@@ -1460,7 +1466,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.ljust(width) if n == 0 else cell.rjust(width)
             for n, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        print("  ".join([first, *others]).rstrip())
+        _say("  ".join([first, *others]).rstrip())
 
 
 def _organ_table(organs: Iterable[Organ]) -> None:
@@ -1570,9 +1576,11 @@ def _told_curve(curve: Curve, stored: Path | None, out: Path | None) -> None:
         print("against the best size and, from 3 patients on, at most 0.10 by a 95 % interval.\n")
         _table(*smallest_rows(curve))
     if stored is not None:
-        print(f"\nwrote the curve and its presets into {stored}")
+        print()
+        _say(f"wrote the curve and its presets into {stored}")
     if out is not None:
-        print(f"\ndrawn in {out / 'curve.png'}")
+        print()
+        _say(f"drawn in {out / 'curve.png'}")
 
 
 def _percent(share: float | None) -> str:

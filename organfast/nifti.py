@@ -745,7 +745,9 @@ def _affine(
 
     Of the two, one that is broken does not count where the other one is sound.
     """
-    raw = raw.copy()
+    from nibabel.nifti1 import xform_codes
+
+    raw, codes = raw.copy(), xform_codes.code
     if raw["pixdim"][0] not in (-1, 1):
         raw["pixdim"][0] = 1  # the standard: anything else counts as 1
     raw["pixdim"][1:] = np.abs(raw["pixdim"][1:])
@@ -753,9 +755,10 @@ def _affine(
     scale = np.diag([unit] * 3 + [1.0])
     said: dict[str, NDArray[np.float64]] = {}
     with np.errstate(all="ignore"):  # what overflows is refused below
-        if raw["sform_code"] > 0:
+        # A code that is none counts as 0, as it does for nibabel.
+        if raw["sform_code"] > 0 and int(raw["sform_code"]) in codes:
             said["sform"] = scale @ raw.get_sform()
-        if raw["qform_code"] > 0:
+        if raw["qform_code"] > 0 and int(raw["qform_code"]) in codes:
             said["qform"] = scale @ _qform(raw)
         if not said:
             said["pixdim"] = scale @ raw.get_base_affine()
