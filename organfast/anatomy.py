@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from organfast.errors import InputError
+from organfast.files import check_is_file
 
 __all__ = ["ClassTable", "Structure", "canonical_name", "stand_in_notes", "totalsegmentator_names"]
 
@@ -145,6 +146,7 @@ class ClassTable:
             The file cannot be read or does not describe a class table.
         """
         try:
+            check_is_file(path, "give a CSV with a name column")
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(

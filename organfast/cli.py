@@ -66,12 +66,13 @@ Scans = Annotated[
     typer.Option(
         "-i",
         "--input",
+        readable=False,  # whether it can be read is told as of any scan
         help="A scan (.nii, .nii.gz, or a DICOM series: its folder, a zip, FOLDER#N for one "
         "series of several), a folder of scans, a .txt list of paths, or a pattern in quotes; "
         "repeatable.",
     ),
 ]
-ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
+ModelFile = Annotated[Path, typer.Option("-m", "--model", readable=False, help="A .organfast file.")]
 Stride = Annotated[
     str | None,
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
@@ -126,6 +127,7 @@ _UsageError: type[Any] = typer.BadParameter.__bases__[0]
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     debug = "--debug" in arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file's name need not be text; on standard error Python does the same by itself.
@@ -142,6 +144,20 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_INPUT
     return code if isinstance(code, int) else 0
+
+
+def _open_streams() -> None:
+    """Give a process that was started without them its three streams.
+
+    Else the next file it opens would get their numbers, and what is said would go into a scan.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
 
 
 def _failed(error: Any) -> int:
@@ -501,7 +517,9 @@ def merge(
 
 @app.command()
 def locate(
-    scan: Annotated[Path, typer.Option("-i", "--input", help="A scan, as for segment.")],
+    scan: Annotated[
+        Path, typer.Option("-i", "--input", readable=False, help="A scan, as for segment.")
+    ],
     model: ModelFile,
     stride: Stride = None,
     preset: Preset = None,
@@ -1124,7 +1142,7 @@ def _check_place(scans: list[Path], out: Path, *, is_batch: bool, shard: str | N
         if is_one_file(out):
             raise ValueError(f"{out} is one file, but there are several scans; give a folder")
         return
-    if out.resolve() == scans[0].resolve():
+    if os.path.realpath(out) == os.path.realpath(scans[0]):
         raise ValueError(f"{out} is the scan itself; give another output")
     if shard is not None:
         raise ValueError("--shard parts several scans, and there is one; leave it")

