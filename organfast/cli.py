@@ -72,7 +72,9 @@ Scans = Annotated[
         "repeatable.",
     ),
 ]
-ModelFile = Annotated[Path, typer.Option("-m", "--model", readable=False, help="A .organfast file.")]
+ModelFile = Annotated[
+    Path, typer.Option("-m", "--model", readable=False, help="A .organfast file.")
+]
 Stride = Annotated[
     str | None,
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
@@ -156,8 +158,8 @@ def _open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _failed(error: Any) -> int:

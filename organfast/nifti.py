@@ -559,7 +559,7 @@ def _sound_end(path: StrPath) -> int | None:
                     if not (rest or n_more):
                         return end
                     rest = member.unconsumed_tail
-            except isal_zlib.error:
+            except _DAMAGED:
                 return end
             rest = member.unused_data
             end = n_read - len(rest)

@@ -2,10 +2,9 @@
 
 ::
 
-    good scan ── one lie, one damage, one odd name ──> organfast segment ──> Same      its labels
-                                                                             Usable    own grid, warned
-                                                                             Refused   one line, nothing
-                                                                                       left behind
+    good scan ── one lie, damage or odd name ──> organfast segment ──> Same      its labels
+                                                                       Usable    own grid, warned
+                                                                       Refused   one line, no output
 
 Each row of the tables is one input. All of them go through the command line, most of them in this
 process, under a limit of time and of memory. ``pytest tests/test_hostile.py --collect-only -q``
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -25,7 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
-import time
+import tarfile
 import unicodedata
 import zipfile
 import zlib
@@ -43,6 +43,8 @@ from organfast.anatomy import ClassTable
 from organfast.cli import run
 from organfast.models.classifier import load_model
 from organfast.pipeline import segment
+from organfast.tables import cell, table
+from organfast.volume import Volume
 
 SECONDS = 20
 MEGABYTES = 150
@@ -159,9 +161,7 @@ class Judge:
         assert all(line.isprintable() for line in (told.out + told.err).split("\n"))
         self.assert_result(scan, out, outcome, told.err)
 
-    def assert_result(
-        self, scan: Path | str, out: Path, outcome: Same | Usable, err: str
-    ) -> None:
+    def assert_result(self, scan: Path | str, out: Path, outcome: Same | Usable, err: str) -> None:
         """The labels, and the warning both on standard error and in the record."""
         labels = nib.load(out / "segmentation.nii.gz")
         assert labels.get_data_dtype() == np.uint8
@@ -216,7 +216,11 @@ def assert_refused(code: int, out: str, err: str, path: object, outcome: Refused
 
 
 def _listing(folder: Path) -> set[str]:
-    return {os.path.join(parent, name) for parent, *names in os.walk(folder) for name in sum(names, [])}
+    return {
+        os.path.join(parent, name)
+        for parent, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    }
 
 
 @pytest.fixture
@@ -381,7 +385,7 @@ def test_a_header_that_lies(judge: Judge, tmp_path: Path, name: str, ending: str
     judge(scan, outcome, tmp_path / "out")
 
 
-# --- voxels that are no CT, and storages of every kind ---------------------------------------------
+# --- voxels that are no CT, and storages of every kind --------------------------------------------
 
 Make = Callable[[Good], bytes]
 
@@ -528,7 +532,7 @@ def zipped(content: bytes) -> bytes:
 
 def parted(content: bytes, n: int) -> bytes:
     edges = [len(content) * part // n for part in range(n + 1)]
-    return b"".join(zipped(content[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return b"".join(zipped(content[a:b]) for a, b in itertools.pairwise(edges))
 
 
 def bomb(content: bytes) -> bytes:
@@ -703,7 +707,7 @@ NAMES = {
     "terminal": "\x1b[31mred\x1b]0;title\x07",
     "dash": "-o",
     "two dashes": "--help",
-    "quotes": "it's \"quoted\" `ls`",
+    "quotes": 'it\'s "quoted" `ls`',
     "shell": "$(touch owned);& | > owned",
     "markup": "<img src=x onerror=alert(1)>",
     "script": "<script>alert('1')<!--",
@@ -761,8 +765,7 @@ def test_a_batch_of_all_names(
     told = capsys.readouterr()
     errors = [line for line in told.err.splitlines() if ": warning: " not in line]
     assert errors == [
-        f"organfast: {scans / 'bad.nii.gz'}: is not a NIfTI file; "
-        "give a CT scan as .nii or .nii.gz"
+        f"organfast: {scans / 'bad.nii.gz'}: is not a NIfTI file; give a CT scan as .nii or .nii.gz"
     ]
     assert all(line.isprintable() for line in (told.out + told.err).split("\n"))
     assert {p.name for p in tmp_path.iterdir()} == {"scans", "out"}
@@ -804,7 +807,7 @@ PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file that cannot be read": (link_to("/proc/self/mem"), "is empty|cannot be read"),
     "a link to nowhere": (link_to("nowhere"), "does not exist"),
     "a link to itself": (link_to("scan.nii.gz"), "cannot be read"),
-        "a link to the root's link": (link_to("/proc/self/root/nowhere"), "does not exist"),
+    "a link to the root's link": (link_to("/proc/self/root/nowhere"), "does not exist"),
 }
 
 
@@ -958,37 +961,33 @@ def test_files_and_folders_that_may_not_be_used(good: Good, tmp_path: Path) -> N
 def test_a_process_without_home_locale_and_folder_for_temporary_files(
     good: Good, tmp_path: Path
 ) -> None:
-    """Its home cannot be written, and its locale can write no name: pictures and report all the
-    same, and not a word from a library."""
-    scan = tmp_path / f"{UMLAUT}.nii.gz"
+    """Pictures and report all the same, and not a word from a library."""
+    scans, home = tmp_path / "scans", tmp_path / "home"
+    scans.mkdir()
+    scan = scans / f"{UMLAUT}.nii.gz"
     scan.write_bytes(zipped(good.content()))
-    home = tmp_path / "home"
     home.mkdir(mode=0o555)
     bare = {"LC_ALL": "C", "TMPDIR": "/nowhere"}
-    strict = {**bare, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # no UTF-8 behind its back
-    for n, env in enumerate((bare, {**strict, "HOME": "/no/where"}, {**strict, "HOME": str(home)})):
+    # Python takes names for UTF-8 in this locale, unless it is told not to.
+    strict = {**bare, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": str(home)}
+    for n, (given, env) in enumerate(((scan, bare), (scans, strict))):
         out = tmp_path / f"out{n}"
         ran = process(
-            *("segment", "-i", scan, "-o", out, "-m", good.model, "--report", "--threads", 1),
+            *("segment", "-i", given, "-o", out, "-m", good.model, "--report", "--threads", 1),
             start=as_others(),
             env=env,
         )
         assert ran.returncode == 0, ran.stderr
         assert all(line.startswith(b"organfast: ") for line in ran.stderr.splitlines()), ran.stderr
-        assert b"Traceback" not in ran.stderr
-        labels = nib.load(out / "segmentation.nii.gz")
+        folder = out if n == 0 else out / UMLAUT
+        labels = nib.load(folder / "segmentation.nii.gz")
         np.testing.assert_array_equal(np.asanyarray(labels.dataobj), good.labels)
-        assert (out / "overlay.png").stat().st_size > 5000
-        if n == 0:
-            assert UMLAUT in (out / "report.html").read_text("utf-8")
+        assert (folder / "overlay.png").stat().st_size > 5000
+        assert (folder / "report.html").is_file()
+    assert UMLAUT in (tmp_path / "out0" / "report.html").read_text("utf-8")
+    record = json.loads((tmp_path / "out1" / "batch.jsonl").read_text("utf-8"))
+    assert record["input"] == f"{UMLAUT}.nii.gz"
     assert not list(home.iterdir())
-    ran = process(
-        *("segment", "-i", tmp_path, "-o", tmp_path / "b", "-m", good.model, "--no-preview"),
-        env=strict,
-    )
-    assert ran.returncode == 0, ran.stderr
-    (record,) = [r for r in (tmp_path / "b" / "batch.jsonl").read_text("utf-8").splitlines() if r]
-    assert json.loads(record)["input"] == f"{UMLAUT}.nii.gz"
 
 
 def test_a_process_that_nobody_listens_to(good: Good, tmp_path: Path) -> None:
@@ -1026,3 +1025,152 @@ def test_a_disk_that_is_full(good: Good, tmp_path: Path) -> None:
             assert not [p for p in disk.rglob("*") if p.is_file() or p.name.startswith(".")]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- DICOM ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def series(good: Good, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a series of the good scan."""
+    from dicomseries import write_series
+
+    volume = Volume(good.hu, good.affine)
+    folder = write_series(tmp_path_factory.mktemp("dicom") / "series", volume)
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+Files = dict[str, bytes]
+
+
+def packed(path: Path, files: Files) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def tagged(content: bytes, **tags: Any) -> bytes:
+    """A slice with other tags, or of another transfer syntax."""
+    import pydicom
+
+    image = pydicom.dcmread(io.BytesIO(content))
+    image.file_meta.TransferSyntaxUID = tags.pop("syntax", image.file_meta.TransferSyntaxUID)
+    for keyword, value in tags.items():
+        setattr(image, keyword, value)
+    written = io.BytesIO()
+    image.save_as(written, enforce_file_format=True)
+    return written.getvalue()
+
+
+def every(files: Files, **tags: Any) -> Files:
+    return {name: tagged(content, **tags) for name, content in files.items()}
+
+
+def deflated_bomb(files: Files) -> Files:
+    """A slice of some hundred kB whose data set inflates to 300 MB."""
+    name, content = next(iter(files.items()))
+    syntax = "1.2.840.10008.1.2.1.99"
+    bloated = tagged(content, syntax=syntax, PixelData=bytes(300 << 20))
+    return {**files, name: bloated}
+
+
+SERIES: dict[str, tuple[Callable[[Files], Files], Outcome]] = {
+    "as it is": (lambda files: files, Same()),
+    "paths that lead out": (
+        lambda files: {f"../../../tmp/owned/{name}": c for name, c in files.items()},
+        Same(),
+    ),
+    "paths from the root": (
+        lambda files: {f"/etc/{name}": c for name, c in files.items()},
+        Same(),
+    ),
+    "names that steer": (
+        lambda files: {f"\x1b[31m\n<b>{name}": c for name, c in files.items()},
+        Same(),
+    ),
+    "a bomb beside it": (lambda files: {**files, "bomb.txt": bytes(300 << 20)}, Same()),
+    "a bomb that says DICOM": (
+        lambda files: {**files, "bomb.dcm": bytes(128) + b"DICM" + bytes(300 << 20)},
+        Refused("DICOM header cannot be read|something else|MB"),
+    ),
+    "a slice of 300 MB": (
+        lambda files: {
+            name: content + (bytes(300 << 20) if n == 2 else b"")
+            for n, (name, content) in enumerate(files.items())
+        },
+        Refused("more than 256 MB"),
+    ),
+    "a deflated bomb": (deflated_bomb, Refused("more than 256 MB")),
+    "65535 rows": (
+        lambda files: every(files, Rows=65535, Columns=65535),
+        Refused("more than 8192"),
+    ),
+    "8000 rows": (lambda files: every(files, Rows=8000), Refused("pixel data are|not what it")),
+    "no rows": (lambda files: every(files, Rows=0), Refused("no pixels|without pixel data")),
+    "a slope of 1e30": (lambda files: every(files, RescaleSlope="1e30"), Refused("no HU|NaN")),
+    "a slope of 0": (lambda files: every(files, RescaleSlope=0), Refused("everywhere")),
+    "pixels of 1 m": (lambda files: every(files, PixelSpacing=[1000, 1000]), Refused("voxels of")),
+    "pixels of 90 mm": (lambda files: every(files, PixelSpacing=[90, 90]), Refused("large, as no")),
+    "pixels of nothing": (lambda files: every(files, PixelSpacing=[0, 0]), Refused("no sense")),
+    "half a slice": (
+        lambda files: {n: c[: len(c) // 2] if n == min(files) else c for n, c in files.items()},
+        Refused("truncated or damaged|ends before|cannot be read"),
+    ),
+    "one slice": (lambda files: dict(list(files.items())[:1]), Refused("single slice")),
+    "nothing of it": (lambda files: {"readme.txt": b"x"}, Refused("holds no DICOM file")),
+}
+
+
+@pytest.mark.parametrize("kind", SERIES)
+def test_zips_of_dicom(judge: Judge, series: Files, tmp_path: Path, kind: str) -> None:
+    make, outcome = SERIES[kind]
+    scan = tmp_path / "series.zip"
+    packed(scan, make(series))
+    _peak_kb(reset=True)  # to make a bomb takes memory, too
+    code = run(
+        ["segment", "-i", str(scan), "-o", str(tmp_path / "out"), "-m", str(judge.good.model)]
+    )
+    told = judge.capsys.readouterr()
+    if isinstance(outcome, Refused):
+        assert_refused(code, told.out, told.err, scan, outcome)
+        assert _listing(tmp_path) == {str(scan)}
+        return
+    assert code == 0, told.err
+    assert {p.name for p in tmp_path.iterdir()} == {"series.zip", "out"}
+    assert not Path("/tmp/owned").exists()
+    # The series is stored right to left and front to back.
+    labels = nib.as_closest_canonical(nib.load(tmp_path / "out" / "segmentation.nii.gz"))
+    np.testing.assert_array_equal(np.asanyarray(labels.dataobj), judge.good.labels)
+
+
+def test_a_tar_is_no_scan(judge: Judge, series: Files, tmp_path: Path) -> None:
+    scan = tmp_path / "series.tar"
+    with tarfile.open(scan, "w") as archive:
+        for name, content in series.items():
+            member = tarfile.TarInfo(f"../../{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    judge(scan, Refused("is not a NIfTI file"), tmp_path / "out")
+
+
+# --- text in tables -------------------------------------------------------------------------------
+
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\x00=1", "\u200b=1", "\uff1d1")
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_cell_of_a_table_is_a_formula(text: str) -> None:
+    assert cell(text) == f"'{text}"
+    assert table([["name"], [text]]).splitlines()[1].strip('"').startswith("'")
+
+
+@pytest.mark.parametrize("value", ["liver", "a=b", "1-2", "", 1, -1.5, None, "肝"])
+def test_other_cells_stay_as_they_are(value: object) -> None:
+    assert cell(value) == value
+
+
+def test_every_table_makes_its_cells_harmless() -> None:
+    """Whoever writes a table asks ``tables.cell`` for its text."""
+    package = Path(__file__).parents[1] / "organfast"
+    writers = {p.name for p in package.rglob("*.py") if "csv.writer" in p.read_text("utf-8")}
+    assert writers == {"tables.py"}

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
     [
-        *("errors", "files", "progress", "room", "workers", "surfaces", "statistics"),
+        *("errors", "files", "progress", "room", "tables", "workers", "surfaces", "statistics"),
         *("calibration", "curve"),
     ],
     ["anatomy", "volume"],
