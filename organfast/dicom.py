@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable, Structure
 from organfast.errors import InputError
 from organfast.nifti import Geometry, Scan, accept_hu, check_affine, check_is_hu, doubts_of_hu
+from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 
 __all__ = [
@@ -724,7 +725,7 @@ def _read_voxels(
                 _CONVERT,
             )
         if hu is None:  # now that a slice has been decoded as it was declared
-            hu = np.empty(shape, np.int16)
+            hu = roomy(shape, np.int16)
         if padding is not None:
             tissue = padding & (values > AIR_HU)
             padded += int(np.count_nonzero(tissue))

@@ -5,8 +5,10 @@ Reading is one pass with a size budget::
     file ──(gunzip)──> header ──> does the file hold what the header declares? ──> one int16 array
                                   no: refused before memory is allocated          chunk by chunk
 
-A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Whether a file is compressed is
-seen from its first bytes, not from its name. nibabel parses the header; the voxels are read here.
+A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Other voxels are in memory where
+there is plenty of it, else in a file of their own (see :mod:`organfast.room`). Whether a file is
+compressed is seen from its first bytes, not from its name. nibabel parses the header; the voxels are
+read here.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 from organfast.errors import InputError
 from organfast.files import check_is_file
-from organfast.room import free_bytes
+from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "file_digest",
     "from_array",
     "from_nifti1image",
+    "is_mapped",
     "read_geometry",
     "read_labels",
     "read_probability",
@@ -65,7 +68,6 @@ _DAMAGED: tuple[type[Exception], ...] = (
     isal_zlib.error,  # type: ignore[assignment]  # its stub calls the class an instance
 )
 _GZIP_MAGIC = b"\x1f\x8b"
-_GB = 1 << 30
 # Voxels per chunk: 1 MB of int16 stays in cache between gunzip and the range check.
 _CHUNK = 1 << 19
 _WRITE_BYTES = 4 << 20
@@ -195,7 +197,8 @@ def read_scan(path: StrPath) -> Scan:
     Returns
     -------
     Scan
-        ``volume.hu`` is a read-only memory map where the file stores native int16 uncompressed.
+        ``volume.hu`` is a read-only memory map where the file stores native int16 uncompressed,
+        and the map of a temporary file where the voxels are large for the memory that is free.
 
     Raises
     ------
@@ -306,6 +309,23 @@ def read_geometry(path: StrPath) -> Geometry:
     """
     with _opened(path) as source:
         return _read_header(source).geometry
+
+
+def is_mapped(path: StrPath) -> bool:
+    """Whether :func:`read_scan` uses a file's voxels where they lie, and takes no memory for them.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_geometry`.
+    """
+    with _opened(path) as source:
+        return _is_mapped(source, _read_header(source), np.dtype(np.int16))
 
 
 def from_nifti1image(image: Any) -> Scan:
@@ -918,14 +938,13 @@ def _read_voxels(
     shape = header.geometry.shape
     n_voxels = math.prod(shape)
     direct = header.dtype == dtype and header.scaling is None
-    mapped = direct and not source.zipped and header.offset % dtype.itemsize == 0
+    mapped = _is_mapped(source, header, dtype)
     if mapped:
         voxels = np.asarray(
             np.memmap(source.stream, dtype, mode="r", offset=header.offset, shape=(n_voxels,))
         )
     else:
-        _check_room(source.path, n_voxels * dtype.itemsize)
-        voxels = np.empty(n_voxels, dtype)
+        voxels = roomy((n_voxels,), dtype)
     stored = None if direct else np.empty(min(_CHUNK, n_voxels), header.dtype)
     extremes = []
     for start in range(0, n_voxels, _CHUNK):
@@ -945,16 +964,10 @@ def _read_voxels(
     return voxels.reshape(shape, order="F"), float(min(lows)), float(max(highs))
 
 
-def _check_room(path: StrPath, n_bytes: int) -> None:
-    """Refuse voxels that do not fit, before Linux gives memory that it does not have."""
-    room = free_bytes()
-    if room is not None and n_bytes > room:
-        raise InputError(
-            path,
-            f"holds {n_bytes / _GB:.3g} GB of voxels, more than the {room / _GB:.3g} GB of memory "
-            "that are free",
-            "use a machine with more, or crop the scan",
-        )
+def _is_mapped(source: _Source, header: _Header, dtype: np.dtype[Any]) -> bool:
+    """Whether voxels are used where they lie in the file."""
+    direct = header.dtype == dtype and header.scaling is None
+    return direct and not source.zipped and header.offset % dtype.itemsize == 0
 
 
 def _scaled(stored: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[Any]:
@@ -1112,7 +1125,7 @@ def check_is_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -
             f"holds values up to {high:g} and none from {AIR_HU} to {_FAT_HU}, so they are not HU",
             grey if high <= 255 else shifted,
         )
-    if low > _WINDOW_HU and np.count_nonzero(hu == round(low)) >= _WINDOW_SHARE * hu.size:
+    if low > _WINDOW_HU and _n_voxels(hu, lambda h: h == round(low)) >= _WINDOW_SHARE * hu.size:
         raise NotHU(
             path,
             f"is cut off at {low:g}, as by a display window, so air and lung are lost",
@@ -1132,13 +1145,20 @@ def doubts_of_hu(hu: NDArray[np.int16], high: float) -> tuple[str, ...]:
     """
     if high <= _DENSEST_HU:
         return ()
-    n_dense = sum(int(np.count_nonzero(hu[:, :, k] > _DENSEST_HU)) for k in range(hu.shape[2]))
+    n_dense = _n_voxels(hu, lambda h: h > _DENSEST_HU)
     if n_dense <= _DENSE_SHARE * hu.size:
         return ()
     return (
         f"{n_dense / hu.size:.0%} of its voxels are above {_DENSEST_HU} HU, where only metal is: "
         "its slope may be wrong",
     )
+
+
+def _n_voxels(
+    hu: NDArray[np.int16], of_interest: Callable[[NDArray[np.int16]], NDArray[np.bool_]]
+) -> int:
+    """Voxels of interest, counted slice by slice: no map of them is as large as the scan."""
+    return sum(int(np.count_nonzero(of_interest(hu[:, :, k]))) for k in range(hu.shape[2]))
 
 
 def _any_fat_or_air(hu: NDArray[np.int16]) -> bool:

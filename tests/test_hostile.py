@@ -682,14 +682,17 @@ def test_files_of_any_kind(judge: Judge, tmp_path: Path, name: str) -> None:
 def test_a_scan_larger_than_the_memory_that_is_free(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("organfast.nifti.free_bytes", lambda: 10_000)
+    """It goes into a file that has no name; where the disk has no room either, that is said."""
+    monkeypatch.setattr("organfast.room.free_bytes", lambda: 1000)
     scan = tmp_path / "scan.nii.gz"
     scan.write_bytes(zipped(judge.good.content()))
-    judge(scan, Refused("GB of voxels, more than .* GB of memory that are free"), tmp_path / "out")
-    # Mapped, it needs none.
-    scan = tmp_path / "scan.nii"
-    scan.write_bytes(judge.good.content())
     judge(scan, Same(), tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    judge(scan, Refused("needs more memory than there is"), tmp_path / "again")
 
 
 # --- names ----------------------------------------------------------------------------------------
