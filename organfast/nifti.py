@@ -7,8 +7,8 @@ Reading is one pass with a size budget::
 
 A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Other voxels are in memory where
 there is plenty of it, else in a file of their own (see :mod:`organfast.room`). Whether a file is
-compressed is seen from its first bytes, not from its name. nibabel parses the header; the voxels are
-read here.
+compressed is seen from its first bytes, not from its name. nibabel parses the header; the voxels
+are read here.
 """
 
 from __future__ import annotations

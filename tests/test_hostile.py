@@ -46,7 +46,7 @@ from organfast.pipeline import segment
 from organfast.tables import cell, table
 from organfast.volume import Volume
 
-SECONDS = 20
+SECONDS = 60
 MEGABYTES = 150
 
 
