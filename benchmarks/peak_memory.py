@@ -9,8 +9,8 @@ imported, ``peak_mb`` that at the end (VmHWM of Linux: getrusage would count the
 
 The contract is that a scan of 512 x 512 x 2000 voxels, as .nii and as .nii.gz, stays below 4 GB
 with either model and two threads; the exit code is 1 if it does not. Of a .nii the voxels are pages
-of the file, which count as resident and may be dropped: ``anonymous_mb`` is without them. Needs 3 GB
-of memory and of disk besides.
+of the file, which count as resident and may be dropped: ``anonymous_mb`` is without them. Needs
+3 GB of memory and of disk besides.
 """
 
 from __future__ import annotations

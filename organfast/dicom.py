@@ -86,6 +86,8 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _META_BYTES = 2048
 _MAX_MEMBERS = 100_000
 _CHUNK = 1 << 20
+# A slice has some hundred elements, each read in two or three pieces.
+_MOST_READS = 200_000
 # Deflate cannot do better (see nifti.py); the other methods of a zip are not for us.
 _MAX_RATIO = 1032
 
@@ -316,6 +318,35 @@ def _member_opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[
     return lambda: archive.open(info)  # type: ignore[return-value]  # an IO[bytes]
 
 
+class _FewReads:
+    """A file that may be asked for so many pieces, and no more.
+
+    The library takes it element by element. A few MB of elements that hold nothing would keep it
+    busy for minutes.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left = stream, _MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's."""
+        self._left -= 1
+        if self._left < 0:
+            raise _Unreadable
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As a file's."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._stream.tell()
+
+    def close(self) -> None:
+        """Left to who opened it."""
+
+
 def _slice_bytes(path: StrPath, file: _File, stream: BinaryIO) -> bytes:
     """A file whole, unless it is larger than any slice of a CT, packed or not."""
     content = stream.read(_MAX_SLICE_BYTES + 1)
@@ -415,13 +446,15 @@ def _headers(path: StrPath, files: Sequence[_File]) -> list[_Header]:
         try:
             with file.open() as stream, _quiet(pydicom):
                 source: Any = stream
-                if _DEFLATED in stream.read(_META_BYTES):
-                    stream.seek(0)
+                is_deflated = _DEFLATED in stream.read(_META_BYTES)
+                stream.seek(0)
+                if is_deflated:
                     source = io.BytesIO(_slice_bytes(path, file, stream))
-                else:
-                    stream.seek(0)
                 tags = pydicom.dcmread(
-                    source, stop_before_pixels=True, force=True, specific_tags=[*_HEADER, *_PATIENT]
+                    _FewReads(source),
+                    stop_before_pixels=True,
+                    force=True,
+                    specific_tags=[*_HEADER, *_PATIENT],
                 )
                 patient = hash(
                     tuple(str(tags.get(keyword) or "").strip("^ ") for keyword in _PATIENT)
@@ -751,7 +784,9 @@ def _decoded(
     """One slice in HU, where it is padding, and whether the header says that it is HU."""
     try:
         with _quiet(pydicom):
-            image = pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=list(_PIXELS))
+            image = pydicom.dcmread(
+                _FewReads(io.BytesIO(content)), force=True, specific_tags=list(_PIXELS)
+            )
             if "TransferSyntaxUID" not in image.file_meta:
                 image.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
             syntax = image.file_meta.TransferSyntaxUID

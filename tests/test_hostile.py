@@ -1096,6 +1096,10 @@ SERIES: dict[str, tuple[Callable[[Files], Files], Outcome]] = {
         lambda files: {**files, "bomb.dcm": bytes(128) + b"DICM" + bytes(20 << 20)},
         Refused("DICOM header cannot be read|something else|MB"),
     ),
+    "a slice and a million elements of nothing": (
+        lambda files: {name: c + bytes(7 << 20) for name, c in files.items()},
+        Refused("truncated or damaged"),
+    ),
     "a slice of 20 MB": (
         lambda files: {
             name: content + (bytes(20 << 20) if n == 2 else b"")
@@ -1179,3 +1183,29 @@ def test_every_table_makes_its_cells_harmless() -> None:
     package = Path(__file__).parents[1] / "organfast"
     writers = {p.name for p in package.rglob("*.py") if "csv.writer" in p.read_text("utf-8")}
     assert writers == {"tables.py"}
+
+
+def test_an_installation_that_nobody_may_write_to_compiles_all_the_same(tmp_path: Path) -> None:
+    """Numba refuses to compile where it cannot keep what it has compiled."""
+    package = Path(__file__).parents[1] / "organfast"
+    shutil.copytree(package, tmp_path / "organfast", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (tmp_path / "organfast", *(tmp_path / "organfast").rglob("*")):
+        folder.chmod(0o555 if folder.is_dir() else 0o444)
+    ran = subprocess.run(
+        [
+            *as_others(),
+            *(sys.executable, "-c"),
+            "import organfast.kernels.rates as kernel, os\n"
+            "print(kernel.__file__, os.environ['NUMBA_CACHE_DIR'])",
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path / "organfast")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    used, kept = ran.stdout.split()
+    assert used.startswith(str(tmp_path))
+    assert not Path(kept).exists()
