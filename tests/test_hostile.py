@@ -47,7 +47,7 @@ from organfast.tables import cell, table
 from organfast.volume import Volume
 
 SECONDS = 60
-MEGABYTES = 150
+MEGABYTES = 80
 
 
 # --- the good scan, and what may become of a bad one ----------------------------------------------
@@ -536,11 +536,11 @@ def parted(content: bytes, n: int) -> bytes:
 
 
 def bomb(content: bytes) -> bytes:
-    """A few hundred kB that unpack to 200 MB more than the header declares."""
+    """A few hundred kB that unpack to 100 MB more than the header declares."""
     packed = io.BytesIO()
     with gzip.GzipFile("", "wb", 9, packed) as stream:
         stream.write(content)
-        for _ in range(200):
+        for _ in range(100):
             stream.write(bytes(1 << 20))
     return packed.getvalue()
 
@@ -611,7 +611,7 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes], Outcome]] = {
     "bomb in a bomb": ("a.nii.gz", lambda c: zipped(bomb(c)), Refused("compressed twice")),
     "bomb of members": (
         "a.nii.gz",
-        lambda c: zipped(c) + zipped(bytes(1 << 22)) * 60,
+        lambda c: zipped(c) + zipped(bytes(1 << 22)) * 25,
         Refused("goes on after the voxels"),
     ),
     "a path in gzip's header": ("a.nii.gz", named_member, Same()),
@@ -745,11 +745,12 @@ def test_names_of_any_kind(
     if kind == "dots":  # as a folder's name it would lead out of the output
         judge(name, Refused("has no usable name"), tmp_path / "out")
         return
-    judge(name, Same(), tmp_path / "out", "--report")
-    page = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert "<img src=x" not in page
-    assert "<script>alert" not in page
-    judge(tmp_path / "scans" / name, Same(), tmp_path / "again", "--json")
+    if kind in ("NFC", "markup", "script", "not text", "terminal"):
+        judge(tmp_path / "scans" / name, Same(), tmp_path / "out", "--report")
+        page = (tmp_path / "out" / "report.html").read_text("utf-8")
+        assert "<img src=x" not in page
+        assert "<script>alert" not in page
+    judge(name, Same(), tmp_path / "again", "--json")
 
 
 def test_a_batch_of_all_names(
@@ -1117,7 +1118,6 @@ SERIES: dict[str, tuple[Callable[[Files], Files], Outcome]] = {
     "a slope of 1e30": (lambda files: every(files, RescaleSlope="1e30"), Refused("no HU|NaN")),
     "a slope of 0": (lambda files: every(files, RescaleSlope=0), Refused("everywhere")),
     "pixels of 1 m": (lambda files: every(files, PixelSpacing=[1000, 1000]), Refused("voxels of")),
-    "pixels of 90 mm": (lambda files: every(files, PixelSpacing=[90, 90]), Refused("large, as no")),
     "pixels of nothing": (lambda files: every(files, PixelSpacing=[0, 0]), Refused("no sense")),
     "half a slice": (
         lambda files: {n: c[: len(c) // 2] if n == min(files) else c for n, c in files.items()},
