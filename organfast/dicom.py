@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable, Structure
 from organfast.errors import InputError
-from organfast.nifti import Geometry, Scan, accept_hu, check_affine, check_is_hu, doubts_of_hu
+from organfast.nifti import Geometry, Scan, accept_hu, check_extent, check_is_hu, doubts_of_hu
 from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 
@@ -606,7 +606,7 @@ def read_series(path: StrPath) -> DicomScan:
     # (slice, row, column) in memory, first axis first: for NIfTI the column is the first one.
     hu = hu.transpose(2, 1, 0)
     affine = np.asarray(geometry.permute_spatial_axes([2, 1, 0]).get_affine("RAH"), np.float64)
-    check_affine(path, affine, hu.shape)
+    check_extent(path, affine, hu.shape)
     volume = Volume(hu, affine)
     digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
     series = Series(os.fspath(path), tuple(header.tags for header in headers))

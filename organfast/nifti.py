@@ -40,7 +40,7 @@ __all__ = [
     "NotHU",
     "Scan",
     "accept_hu",
-    "check_affine",
+    "check_extent",
     "check_is_hu",
     "corners_apart_mm",
     "doubts_of_hu",
@@ -772,7 +772,9 @@ def _affine(
             said["pixdim"] = scale @ raw.get_base_affine()
     faults = {name: _fault(affine, shape) for name, affine in said.items()}
     used = next((name for name, fault in faults.items() if fault is None), next(iter(said)))
-    check_affine(path, said[used], shape)
+    fault = faults[used]
+    if fault is not None:
+        raise InputError(path, *fault)
     lengths = raw["pixdim"][1:4].astype(np.float64) * unit
     return said[used], (*_disagreement(said, used, lengths, shape), *_doubts(said[used]))
 
@@ -842,8 +844,8 @@ def _qform(raw: Any) -> NDArray[np.float64]:
     return qform
 
 
-def check_affine(path: StrPath, affine: NDArray[np.float64], shape: tuple[int, int, int]) -> None:
-    """Refuse an affine that places voxels nowhere, or a volume that no patient fills.
+def check_extent(path: StrPath, affine: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+    """Refuse a volume that no patient fills: on a working grid it could fill any memory.
 
     Parameters
     ----------
@@ -857,11 +859,18 @@ def check_affine(path: StrPath, affine: NDArray[np.float64], shape: tuple[int, i
     Raises
     ------
     InputError
-        It is not finite or singular, or its numbers are no mm of a patient.
+        It is longer than 3 m, or larger than 3 cubic metres.
     """
-    fault = _fault(affine, shape)
-    if fault is not None:
-        raise InputError(path, *fault)
+    problem = _oversize(affine, shape)
+    if problem is not None:
+        raise InputError(path, problem, "correct its spacing")
+
+
+def _oversize(affine: NDArray[np.float64], shape: tuple[int, ...]) -> str | None:
+    size = np.linalg.norm(affine[:3, :3], axis=0) * shape
+    if size.max() <= _LONGEST_MM and size.prod() <= _MOST_MM3:
+        return None
+    return f"is {_by(np.rint(size))} mm large, as no patient is"
 
 
 def _fault(affine: NDArray[np.float64], shape: tuple[int, int, int]) -> tuple[str, str] | None:
@@ -877,10 +886,8 @@ def _fault(affine: NDArray[np.float64], shape: tuple[int, int, int]) -> tuple[st
         return "has a singular affine", remedy
     if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
         return f"has voxels of {_by(spacing)} mm", f"{remedy} or its units"
-    size = spacing * shape
-    if size.max() > _LONGEST_MM or size.prod() > _MOST_MM3:
-        return f"is {_by(np.rint(size))} mm large, as no patient is", f"{remedy} or its units"
-    return None
+    problem = _oversize(affine, shape)
+    return None if problem is None else (problem, f"{remedy} or its units")
 
 
 def corners_apart_mm(

@@ -1117,7 +1117,7 @@ SERIES: dict[str, tuple[Callable[[Files], Files], Outcome]] = {
     "no rows": (lambda files: every(files, Rows=0), Refused("no pixels|without pixel data")),
     "a slope of 1e30": (lambda files: every(files, RescaleSlope="1e30"), Refused("no HU|NaN")),
     "a slope of 0": (lambda files: every(files, RescaleSlope=0), Refused("everywhere")),
-    "pixels of 1 m": (lambda files: every(files, PixelSpacing=[1000, 1000]), Refused("voxels of")),
+    "pixels of 1 m": (lambda files: every(files, PixelSpacing=[1000, 1000]), Refused("as no pat")),
     "pixels of nothing": (lambda files: every(files, PixelSpacing=[0, 0]), Refused("no sense")),
     "half a slice": (
         lambda files: {n: c[: len(c) // 2] if n == min(files) else c for n, c in files.items()},
