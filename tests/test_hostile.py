@@ -102,6 +102,8 @@ Outcome = Same | Usable | Refused
 
 @pytest.fixture(scope="module")
 def good(cohort_folder: Path, model_file: Path) -> Good:
+    import highdicom  # noqa: F401  # large; loaded before memory is measured
+
     image = nib.load(cohort_folder / "phantom_001" / "ct.nii.gz")
     labels = nib.load(cohort_folder / "phantom_001" / "labels.nii.gz")
     liver = np.argwhere(np.asanyarray(labels.dataobj) == ClassTable.default().index("liver"))
