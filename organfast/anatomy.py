@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from organfast.errors import InputError
+from organfast.files import check_is_file
 
 __all__ = ["ClassTable", "Structure", "canonical_name", "stand_in_notes", "totalsegmentator_names"]
 
@@ -29,6 +30,7 @@ Role = Literal["background", "context", "organ"]
 
 # Distinct hues for structures that come without a colour (golden-angle steps, never random).
 _GOLDEN_ANGLE = 0.61803398875
+_MOST_NAME_BYTES = 200
 _NO_COLOUR = 200
 
 
@@ -70,6 +72,12 @@ class Structure:
             raise ValueError(
                 f"structure name {self.name!r} is empty or holds a space or a slash; "
                 "use a name such as kidney_left"
+            )
+        # It is the name of a file, and is shown in terminals.
+        if not self.name.isprintable() or len(self.name.encode()) > _MOST_NAME_BYTES:
+            raise ValueError(
+                f"structure name {self.name[:40]!r} has more than {_MOST_NAME_BYTES} bytes or "
+                "holds what cannot be printed; use a name such as kidney_left"
             )
         if self.role not in ("background", "context", "organ"):
             raise ValueError(f"role {self.role!r} is unknown; use background, context or organ")
@@ -138,6 +146,7 @@ class ClassTable:
             The file cannot be read or does not describe a class table.
         """
         try:
+            check_is_file(path, "give a CSV with a name column")
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(

@@ -22,6 +22,7 @@ from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 
 from organfast.errors import InputError, is_whole
+from organfast.files import check_is_file
 from organfast.layouts import find_scans, is_no_scan, scan_name
 from organfast.ledger import RESERVED, key_of
 from organfast.remote import find_urls, is_url, shown
@@ -157,6 +158,7 @@ def _in_folder(folder: Path) -> list[BatchInput]:
 
 def _in_list(path: Path) -> list[BatchInput]:
     try:
+        check_is_file(path, "give a list", "a list")
         lines = path.read_text("utf-8", errors="surrogateescape").splitlines()
     except FileNotFoundError:
         raise InputError(path, "does not exist", "check the name") from None

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,10 +20,12 @@ import numpy as np
 from organfast.bench import Comparison, peak_resident_mb, spread
 from organfast.blocks import Block, Context
 from organfast.grid import ModelGrid
+from organfast.volume import Volume
 
 __all__ = ["GUNZIP", "ScanCase", "gunzip"]
 
 GUNZIP = "isal gunzip of the file, 1 thread"
+_SAMPLE_SECONDS = 0.02
 _TRUNK_MM = (410.0, 410.0, 600.0)
 
 
@@ -48,6 +51,10 @@ class ScanCase:
         Phantoms to learn from.
     n_per_class : int
         Training positions per class and patient.
+    repeats : int
+        How often each painted slice stands: a long scan without painting all of it.
+    ending : {".nii.gz", ".nii"}
+        Of the scan's file.
     """
 
     shape: tuple[int, int, int] = (512, 512, 400)
@@ -56,6 +63,8 @@ class ScanCase:
     threads: int = 2
     n_patients: int = 2
     n_per_class: int = 400
+    repeats: int = 1
+    ending: str = ".nii.gz"
 
     @property
     def name(self) -> str:
@@ -63,8 +72,8 @@ class ScanCase:
         kind = "Context" if isinstance(self.pattern, Context) else f"{self.pattern.size} px"
         where = "working grid" if self.grid.spacing_mm else "native pixels"
         return (
-            f"whole scan {' x '.join(map(str, self.shape))} .nii.gz to labels .nii.gz and organs, "
-            f"{kind} forest, {where}, {self.threads} threads"
+            f"whole scan {' x '.join(map(str, self.shape))} {self.ending} to labels .nii.gz and "
+            f"organs, {kind} forest, {where}, {self.threads} threads"
         )
 
     def measure(self, rounds: int) -> Comparison:
@@ -98,15 +107,22 @@ class ScanCase:
         Returns
         -------
         dict
-            ``imports_mb``, ``peak_mb``, ``organs`` (found), and per time, in s, ``total``,
-            ``gunzip`` and ``stages``.
+            ``imports_mb``, ``peak_mb``, of it ``anonymous_mb`` (no file's pages, which the system
+            may drop; sampled), ``organs`` (found), and per time, in s, ``total``, ``gunzip`` (of a
+            compressed scan) and ``stages``.
         """
-        folder = _scan_folder(self.shape)
+        folder = _scan_folder(self.shape, self.repeats, self.ending)
         with tempfile.TemporaryDirectory(prefix="organfast-bench-") as own:
             self._train(Path(own) / "model.organfast")
             command = [sys.executable, "-m", "organfast.benchscan", f"{own}/model.organfast"]
             finished = subprocess.run(
-                [*command, f"{folder}/scan.nii.gz", f"{own}/out", str(self.threads), str(times)],
+                [
+                    *command,
+                    f"{folder}/scan{self.ending}",
+                    f"{own}/out",
+                    str(self.threads),
+                    str(times),
+                ],
                 stdout=subprocess.PIPE,
                 check=True,
                 text=True,
@@ -137,18 +153,23 @@ class ScanCase:
 
 
 @cache
-def _scan_folder(shape: tuple[int, int, int]) -> str:
-    """A folder that holds ``scan.nii.gz``; it is gone when the process ends."""
+def _scan_folder(shape: tuple[int, int, int], repeats: int, ending: str) -> str:
+    """A folder that holds ``scan`` with that ending; it is gone when the process ends."""
     from organfast.nifti import write_volume
     from organfast.painting import paint
     from organfast.phantom import FieldOfView, phantom
 
     spacing = tuple(mm / n for mm, n in zip(_TRUNK_MM, shape, strict=True))
-    view = FieldOfView(shape, (spacing[0], spacing[1], spacing[2]))
+    painted = (shape[0], shape[1], shape[2] // repeats)
+    view = FieldOfView(painted, (spacing[0], spacing[1], spacing[2] * repeats))
     scan = paint(phantom(view, seed=3, threads=2), seed=3, threads=2)
+    if repeats > 1:
+        # Memory in the file's order: no slice is copied when it is written.
+        hu = np.repeat(scan.hu.T, repeats, axis=0).T
+        scan = Volume(hu, scan.affine @ np.diag([1, 1, 1 / repeats, 1]))
     folder = tempfile.mkdtemp(prefix="organfast-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_volume(Path(folder) / "scan.nii.gz", scan)
+    write_volume(Path(folder) / f"scan{ending}", scan)
     return folder
 
 
@@ -171,6 +192,29 @@ def gunzip(path: Path) -> int:
         return sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
 
 
+class _AnonymousPeak:
+    """Samples this process's resident memory that no file stands behind."""
+
+    def __init__(self) -> None:
+        self._peak, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(_SAMPLE_SECONDS):
+            rows = (
+                row.split() for row in Path("/proc/self/status").read_text("ascii").splitlines()
+            )
+            now = next((int(row[1]) for row in rows if row[0] == "RssAnon:"), 0)
+            self._peak = max(self._peak, now)
+
+    def end(self) -> float:
+        """The peak so far, in MB."""
+        self._ended.set()
+        self._thread.join()
+        return self._peak / 1024
+
+
 def _segment_and_gunzip(
     model: Path, scan: Path, out: Path, threads: int, times: int
 ) -> dict[str, Any]:
@@ -183,6 +227,7 @@ def _segment_and_gunzip(
     from organfast.pipeline import segment
 
     imports_mb = peak_resident_mb()
+    anonymous = _AnonymousPeak()
     total, inflating, n_organs = [], [], 0
     stages: dict[str, list[float]] = {}
     for _ in range(times):
@@ -200,11 +245,13 @@ def _segment_and_gunzip(
         n_organs = sum(organ.present for organ in result.organs.values())
         del loaded, result
         start = time.perf_counter()
-        gunzip(scan)
+        if scan.suffix == ".gz":
+            gunzip(scan)
         inflating.append(time.perf_counter() - start)
     return {
         "imports_mb": imports_mb,
         "peak_mb": peak_resident_mb(),
+        "anonymous_mb": anonymous.end(),
         "organs": n_organs,
         "total": total,
         "gunzip": inflating,

@@ -66,12 +66,15 @@ Scans = Annotated[
     typer.Option(
         "-i",
         "--input",
+        readable=False,  # whether it can be read is told as of any scan
         help="A scan (.nii, .nii.gz, or a DICOM series: its folder, a zip, FOLDER#N for one "
         "series of several), a folder of scans, a .txt list of paths, a pattern in quotes, or the "
         "URL of a file, a folder or a pattern (s3://...); repeatable.",
     ),
 ]
-ModelFile = Annotated[Path, typer.Option("-m", "--model", help="A .organfast file.")]
+ModelFile = Annotated[
+    Path, typer.Option("-m", "--model", readable=False, help="A .organfast file.")
+]
 Stride = Annotated[
     str | None,
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
@@ -126,6 +129,7 @@ _UsageError: type[Any] = typer.BadParameter.__bases__[0]
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     debug = "--debug" in arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file's name need not be text; on standard error Python does the same by itself.
@@ -142,6 +146,20 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_INPUT
     return code if isinstance(code, int) else 0
+
+
+def _open_streams() -> None:
+    """Give a process that was started without them its three streams.
+
+    Else the next file it opens would get their numbers, and what is said would go into a scan.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _failed(error: Any) -> int:
@@ -212,7 +230,7 @@ def demo(
     )
     print(f"{len(dice)} organs. Phantoms are made up: this says nothing of real scans. Look at")
     for name in ("segmented/report.html", "segmented/overlay.png", "segmented"):
-        print(f"  {out / name}")
+        _say(f"  {out / name}")
 
 
 @app.command()
@@ -357,7 +375,7 @@ def train(
     n_cases, n_patients = len(found.cases), len(found.patients)
     print(f"layout {found.layout}: {n_cases} cases of {n_patients} patients")
     _describe(learned)
-    print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -517,14 +535,16 @@ def merge(
         _json({"done": n_done, "failed": n_failed, "missing": n_missing})
     else:
         print(f"{n_done} scans done, {n_failed} failed, {n_missing} missing")
-        print(f"wrote {shown(folders[0]).rstrip('/')}/batch.jsonl")
+        _say(f"wrote {shown(folders[0]).rstrip('/')}/batch.jsonl")
     if n_failed or n_missing:
         raise typer.Exit(EXIT_SOME_FAILED if n_done else EXIT_INPUT)
 
 
 @app.command()
 def locate(
-    scan: Annotated[Path, typer.Option("-i", "--input", help="A scan, as for segment.")],
+    scan: Annotated[
+        Path, typer.Option("-i", "--input", readable=False, help="A scan, as for segment.")
+    ],
     model: ModelFile,
     stride: Stride = None,
     preset: Preset = None,
@@ -598,7 +618,7 @@ def calibrate(
         else "after: not known, for a single patient leaves nobody to test on"
     )
     print(f"confidence off by {before:.1%} before, {left_out}")
-    print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -937,7 +957,7 @@ def info(
         _json(described)
         return
     for key, value in described.items():
-        print(f"{key:12}  {_plain(value)}")
+        _say(f"{key:12}  {_plain(value)}")
 
 
 @app.command()
@@ -958,7 +978,7 @@ def export(
 
     check_file_target(out)
     export_model(load_model(model), out, to)
-    print(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
+    _say(f"wrote {out}: probabilities within {TOLERANCE:g} of the model's")
 
 
 @app.command()
@@ -1147,7 +1167,7 @@ def _check_place(scans: list[str], out: str, *, is_batch: bool, shard: str | Non
         if is_one_file(out):
             raise ValueError(f"{out} is one file, but there are several scans; give a folder")
         return
-    if Path(out).resolve() == Path(scans[0]).resolve():
+    if os.path.realpath(out) == os.path.realpath(scans[0]):
         raise ValueError(f"{out} is the scan itself; give another output")
     if shard is not None:
         raise ValueError("--shard parts several scans, and there is one; leave it")
@@ -1324,7 +1344,7 @@ def _segment_one(
         return
     _organ_table(present)
     seconds = sum(result.timings["seconds"].values())
-    print(f"{scan}: {len(present)} organs in {seconds:.1f} s -> {out}")
+    _say(f"{scan}: {len(present)} organs in {seconds:.1f} s -> {out}")
 
 
 def _segment_batch(
@@ -1362,7 +1382,7 @@ def _segment_batch(
         _complain(f"note: {told.n_elsewhere} scans are in the hands of another run")
     if not as_json:
         kept = f" ({told.n_kept} by an earlier run)" if told.n_kept else ""
-        print(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {place}/batch.jsonl")
+        _say(f"{told.n_done} scans done{kept}, {told.n_failed} failed -> {place}/batch.jsonl")
     if told.n_failed:
         return EXIT_SOME_FAILED if told.n_failed < total else EXIT_INPUT
     return 0
@@ -1399,11 +1419,11 @@ class _ToldBatch:
         _warn(scan.shown, outcome.warnings)
         if not as_json:
             n_told = self.n_done + self.n_failed + self.n_elsewhere
-            print(
+            _say(
                 f"[{n_told}/{self.total}] {scan.shown}: {len(outcome.organs_ml)} organs in "
-                f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}",
-                flush=True,
+                f"{outcome.seconds:.1f} s -> {target}{self._left(n_told)}"
             )
+            sys.stdout.flush()
 
     def _left(self, n_told: int) -> str:
         n_left, n_new = self.total - n_told, n_told - self.n_kept
@@ -1457,11 +1477,17 @@ def _progress() -> Iterator[Progress]:
 
 def _complain(text: str) -> None:
     """One line on standard error, whatever the name of a file holds."""
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in " ".join(text.split())
-    )
-    print(f"organfast: {line}", file=sys.stderr)
+    print(f"organfast: {_printable(' '.join(text.split()))}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    """One line on standard output, whatever the name of a file holds."""
+    print(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Nothing that ends a line, steers a terminal or turns its text around."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _warn(path: Path | str, warnings: Iterable[str]) -> None:
@@ -1485,7 +1511,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.ljust(width) if n == 0 else cell.rjust(width)
             for n, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        print("  ".join([first, *others]).rstrip())
+        _say("  ".join([first, *others]).rstrip())
 
 
 def _organ_table(organs: Iterable[Organ]) -> None:
@@ -1595,9 +1621,11 @@ def _told_curve(curve: Curve, stored: Path | None, out: Path | None) -> None:
         print("against the best size and, from 3 patients on, at most 0.10 by a 95 % interval.\n")
         _table(*smallest_rows(curve))
     if stored is not None:
-        print(f"\nwrote the curve and its presets into {stored}")
+        print()
+        _say(f"wrote the curve and its presets into {stored}")
     if out is not None:
-        print(f"\ndrawn in {out / 'curve.png'}")
+        print()
+        _say(f"drawn in {out / 'curve.png'}")
 
 
 def _percent(share: float | None) -> str:

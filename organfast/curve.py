@@ -13,8 +13,6 @@ A curve is kept in a model file, which is not trusted: whatever is read is check
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 
 from organfast.errors import is_whole
 from organfast.statistics import mean_intervals
+from organfast.tables import table
 
 __all__ = [
     "LOSSES",
@@ -538,15 +537,13 @@ def curve_csv(curve: Curve) -> str:
         What to write.
     """
     organs = sorted({organ for point in curve.points for organ in point.dice})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     head = ("point", "stride", "margin", "trees", "scans_per_minute", "mean_dice", "n_missed")
     per_organ = [f"{organ}{ending}" for ending in ("_dice", "_centre_mm") for organ in organs]
-    writer.writerow([*head, "on_front", "presets", *per_organ])
+    rows: list[list[Any]] = [[*head, "on_front", "presets", *per_organ]]
     for point, on_front in zip(curve.points, curve.front, strict=True):
         settings = point.settings
         numbers = [*map(point.dice.get, organs), *map(point.centre_mm.get, organs)]
-        writer.writerow(
+        rows.append(
             [
                 point.name,
                 " ".join(map(str, settings.stride)),
@@ -560,7 +557,7 @@ def curve_csv(curve: Curve) -> str:
                 *("" if x is None else f"{x:.6g}" for x in numbers),
             ]
         )
-    return text.getvalue()
+    return table(rows)
 
 
 def curve_rows(curve: Curve) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from organfast.curve import LOSSES, Curve
+from organfast.overlay import empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,13 +41,10 @@ def curve_figure(curve: Curve) -> Figure:
     Figure
         1000 px wide.
     """
-    from matplotlib.figure import Figure
-
     known = [organ for organ, found in curve.smallest.items() if found is not None]
     table_px = _ROW * (len(known) + 3) if known else 0
     height = _HEIGHT + table_px
-    figure = Figure(figsize=(_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-    figure.set_layout_engine("none")
+    figure = empty_figure(_WIDTH, height, _DPI, "white")
     bottom = (table_px + 70) / height
     axes = figure.add_axes((0.08, bottom, 0.89, 1 - bottom - 62 / height), facecolor="white")
     _draw_points(axes, curve)

@@ -21,6 +21,7 @@ import os
 import threading
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable, Structure
 from organfast.errors import InputError
-from organfast.nifti import Geometry, Scan, accept_hu, check_is_hu
+from organfast.nifti import Geometry, Scan, accept_hu, check_extent, check_is_hu, doubts_of_hu
+from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 
 __all__ = [
@@ -77,9 +79,15 @@ _MODALITIES = frozenset(
 _NOT_HU = frozenset({"MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT", "OD"})
 
 _ZIP_MAGIC = b"PK\x03\x04"
-# A DICOM file holds one slice, or at most some thousand frames of one series.
-_MAX_MEMBER_BYTES = 4 << 30
+# A file of single-frame CT is one slice; headers alone are read of what else is there.
+_MAX_SLICE_BYTES = 256 << 20
+_MAX_SIDE = 8192
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_META_BYTES = 2048
 _MAX_MEMBERS = 100_000
+_CHUNK = 1 << 20
+# A slice has some hundred elements, each read in two or three pieces.
+_MOST_READS = 200_000
 # Deflate cannot do better (see nifti.py); the other methods of a zip are not for us.
 _MAX_RATIO = 1032
 
@@ -291,7 +299,7 @@ def _members(path: StrPath, archive: zipfile.ZipFile) -> list[_File]:
             raise InputError(path, "is encrypted", "give it unpacked, or without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(path, "is packed by an unusual method", "pack it again, by deflate")
-        if info.file_size > min(_MAX_MEMBER_BYTES, _MAX_RATIO * info.compress_size + 1024):
+        if info.file_size > _MAX_RATIO * info.compress_size + 1024:
             raise InputError(
                 path,
                 f"declares a file of {info.file_size} bytes, which it cannot hold",
@@ -300,14 +308,79 @@ def _members(path: StrPath, archive: zipfile.ZipFile) -> list[_File]:
         with archive.open(info) as member:
             head = member.read(132)
         if head[128:] == b"DICM":
-            files.append(_File(info.filename, _member_opener(archive, info)))
+            files.append(_File(name, _member_opener(archive, info)))
     if not files:
         raise InputError(path, "holds no DICOM file", "give a zip of a CT series")
     return files
 
 
 def _member_opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], BinaryIO]:
-    return lambda: io.BytesIO(archive.read(info))
+    return lambda: archive.open(info)  # type: ignore[return-value]  # an IO[bytes]
+
+
+class _FewReads:
+    """A file that may be asked for so many pieces, and no more.
+
+    The library takes it element by element. A few MB of elements that hold nothing would keep it
+    busy for minutes.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left = stream, _MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's."""
+        self._left -= 1
+        if self._left < 0:
+            raise _Unreadable
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As a file's."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._stream.tell()
+
+    def close(self) -> None:
+        """Left to who opened it."""
+
+
+def _slice_bytes(path: StrPath, file: _File, stream: BinaryIO) -> bytes:
+    """A file whole, unless it is larger than any slice of a CT, packed or not."""
+    content = stream.read(_MAX_SLICE_BYTES + 1)
+    if len(content) > _MAX_SLICE_BYTES:
+        raise _oversized(path, file)
+    if _DEFLATED in content[:_META_BYTES]:
+        # Its data set is inflated whole by the library. Where it begins does not matter here.
+        inflated, rest = zlib.decompressobj(-zlib.MAX_WBITS), content[_meta_end(content) :]
+        n_bytes = 0
+        try:
+            while rest and n_bytes <= _MAX_SLICE_BYTES:
+                n_bytes += len(inflated.decompress(rest, _CHUNK))
+                rest = inflated.unconsumed_tail
+        except zlib.error:
+            return content  # damaged, which the library tells
+        if n_bytes > _MAX_SLICE_BYTES:
+            raise _oversized(path, file)
+    return content
+
+
+def _meta_end(content: bytes) -> int:
+    """Where the data set begins: behind the file meta information, which says its own length."""
+    start = 132 if content[128:132] == b"DICM" else 0
+    if content[start : start + 6] != b"\x02\0\0\0UL":
+        return start
+    return start + 12 + int.from_bytes(content[start + 8 : start + 12], "little")
+
+
+def _oversized(path: StrPath, file: _File) -> InputError:
+    return InputError(
+        path,
+        f"holds {_shown(file)}, of more than {_MAX_SLICE_BYTES >> 20} MB, as no slice of a CT has",
+        "take it away, or give the series alone",
+    )
 
 
 # --- the libraries, kept quiet --------------------------------------------------------------------
@@ -342,7 +415,7 @@ def _quiet(pydicom: Any) -> Iterator[None]:
         settings.reading_validation_mode = pydicom.config.IGNORE
         try:
             yield
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception:
             # Parsers and decoders raise whatever they meet, and quote the file when they do.
@@ -372,8 +445,16 @@ def _headers(path: StrPath, files: Sequence[_File]) -> list[_Header]:
     for file in files:
         try:
             with file.open() as stream, _quiet(pydicom):
+                source: Any = stream
+                is_deflated = _DEFLATED in stream.read(_META_BYTES)
+                stream.seek(0)
+                if is_deflated:
+                    source = io.BytesIO(_slice_bytes(path, file, stream))
                 tags = pydicom.dcmread(
-                    stream, stop_before_pixels=True, force=True, specific_tags=[*_HEADER, *_PATIENT]
+                    _FewReads(source),
+                    stop_before_pixels=True,
+                    force=True,
+                    specific_tags=[*_HEADER, *_PATIENT],
                 )
                 patient = hash(
                     tuple(str(tags.get(keyword) or "").strip("^ ") for keyword in _PATIENT)
@@ -525,6 +606,7 @@ def read_series(path: StrPath) -> DicomScan:
     # (slice, row, column) in memory, first axis first: for NIfTI the column is the first one.
     hu = hu.transpose(2, 1, 0)
     affine = np.asarray(geometry.permute_spatial_axes([2, 1, 0]).get_affine("RAH"), np.float64)
+    check_extent(path, affine, hu.shape)
     volume = Volume(hu, affine)
     digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
     series = Series(os.fspath(path), tuple(header.tags for header in headers))
@@ -555,6 +637,9 @@ def _check_uniform(path: StrPath, headers: Sequence[_Header]) -> None:
             raise InputError(
                 path, f"has {lacking} of {len(headers)} slices without {what}", _CONVERT
             )
+    sides = [header.tags.get(key) for header in headers for key in ("Rows", "Columns")]
+    if not all(isinstance(side, int) and 1 <= side <= _MAX_SIDE for side in sides):
+        raise InputError(path, f"has slices of no pixels or of more than {_MAX_SIDE}", _CONVERT)
     if len(headers) < 2:
         raise InputError(path, "holds a single slice of its series", "give the whole series")
     for keyword, what in (
@@ -662,7 +747,7 @@ def _read_voxels(
     digests, extremes, padded, doubtful = [], [], 0, False
     for n, header in enumerate(headers):
         with header.file.open() as stream:
-            content = stream.read()
+            content = _slice_bytes(path, header.file, stream)
         digests.append(hashlib.sha256(content).hexdigest())
         values, padding, is_hu = _decoded(path, header.file, content, pydicom)
         doubtful |= not is_hu
@@ -673,7 +758,7 @@ def _read_voxels(
                 _CONVERT,
             )
         if hu is None:  # now that a slice has been decoded as it was declared
-            hu = np.empty(shape, np.int16)
+            hu = roomy(shape, np.int16)
         if padding is not None:
             tissue = padding & (values > AIR_HU)
             padded += int(np.count_nonzero(tissue))
@@ -684,7 +769,8 @@ def _read_voxels(
     if hu is None:
         raise ValueError("there is no slice to read")
     check_is_hu(path, hu, min(low for low, _ in extremes), max(high for _, high in extremes))
-    notes = []
+    highest = max(high for _, high in extremes)
+    notes = list(doubts_of_hu(hu.transpose(2, 1, 0), highest))
     if padded:
         notes.append(f"{padded} voxels hold the padding value, above air, and count as air")
     if doubtful:
@@ -698,7 +784,9 @@ def _decoded(
     """One slice in HU, where it is padding, and whether the header says that it is HU."""
     try:
         with _quiet(pydicom):
-            image = pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=list(_PIXELS))
+            image = pydicom.dcmread(
+                _FewReads(io.BytesIO(content)), force=True, specific_tags=list(_PIXELS)
+            )
             if "TransferSyntaxUID" not in image.file_meta:
                 image.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
             syntax = image.file_meta.TransferSyntaxUID

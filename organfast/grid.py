@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.kernels.resample import slice_resampled, slices_blended
+from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 from organfast.workers import Workers
 
@@ -354,7 +355,7 @@ def resampled(
             "check the spacing of the scan, or use a coarser grid"
         )
     through, down, along = (_taps(s, n) for s, n in zip(step, shape, strict=True))
-    out = np.empty(shape, np.int16)
+    out: NDArray[np.int16] = roomy((shape[0], shape[1], shape[2]), np.int16)
 
     def resample(begin: int, end: int) -> None:
         _resample_slices(hu, table, (through, down, along), out, range(begin, end))

@@ -21,6 +21,7 @@ scans of one person.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -243,7 +244,7 @@ def find_scans(path: str | PathLike[str]) -> dict[str, Path]:
             return dict(_series_of(path, Path(path.stem)))
         return {nifti_stem(path.name) or path.name: path}
     scans: dict[str, Path] = {}
-    for name, file in sorted(_scans_in(path, Path(), [path.resolve()])):
+    for name, file in sorted(_scans_in(path, Path(), [Path(os.path.realpath(path))])):
         if name in scans:
             raise several(path, [scans[name], file])
         scans[name] = file
@@ -305,7 +306,7 @@ def _scans_in(folder: Path, inside: Path, roots: list[Path]) -> list[tuple[str, 
         if name in (_MASK_FOLDER, _MAP_FOLDER):
             continue
         if sub_folder.is_symlink():
-            real = sub_folder.resolve()
+            real = Path(os.path.realpath(sub_folder))
             if any(real.is_relative_to(root) for root in roots):
                 continue
             roots.append(real)

@@ -312,7 +312,7 @@ class Ledger:
         """
         target = self.out / output
         # A link goes on pointing at the result.
-        place = target.resolve() if target.is_symlink() else target
+        place = Path(os.path.realpath(target)) if target.is_symlink() else target
         try:
             _settle(result)
             files = tree_digests(result)

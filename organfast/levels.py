@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from organfast.grid import GridVolume, Pattern
 from organfast.kernels.levels import add_plane, box_level, plane_level
+from organfast.room import roomy
 
 __all__ = ["MAX_BOX", "MAX_WIDTH", "LevelWindow", "levels_slab"]
 
@@ -310,7 +311,7 @@ def _through_table(volume: GridVolume) -> GridVolume:
     """The volume with its table applied once, where boxes reach over many slices."""
     if volume.table is None:
         return volume
-    hu = np.empty(volume.shape, np.int16)
+    hu: NDArray[np.int16] = roomy(volume.shape, np.int16)
     table = None if volume.hu_table == "identity" else volume.table
     for plane, out in zip(volume.hu, hu, strict=True):
         plane_level(plane, table, volume.air, out)

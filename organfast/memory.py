@@ -11,7 +11,7 @@ import numpy as np
 from organfast.errors import InputError
 from organfast.models.classifier import Model
 from organfast.models.forest import Forest
-from organfast.nifti import Geometry, read_geometry
+from organfast.nifti import Geometry, is_mapped, read_geometry
 from organfast.pipeline import Settings
 
 __all__ = ["LIBRARIES", "resident_bytes", "scan_bytes"]
@@ -34,6 +34,7 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
     ::
 
         scan voxels      int16 HU, label, confidence, and a byte for each map that is written
+                         (no HU of a .nii that is mapped: the system drops what it needs room for)
         model's grid     int16 HU; levels of as many slices as the pattern reaches, thrice
         positions        float32 for each map that is kept
 
@@ -52,7 +53,7 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
         Bytes; None where no header can be read that tells the size.
     """
     try:
-        geometry = read_geometry(path)
+        geometry, voxel = read_geometry(path), 0 if is_mapped(path) else 2
     except InputError:
         return None
     n = math.prod(geometry.shape)
@@ -67,7 +68,7 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
     if not isinstance(model.classifier, Forest):
         levels *= _NETWORK
     return (
-        n * (2 + label + bool(settings.confidence) + bool(n_maps))
+        n * (voxel + label + bool(settings.confidence) + bool(n_maps))
         + n_grid * (0 if model.grid.spacing_mm is None else 2)
         + levels
         + 4 * n_maps * (n_grid // math.prod(_stride(model, settings)))

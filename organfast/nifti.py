@@ -5,8 +5,10 @@ Reading is one pass with a size budget::
     file ──(gunzip)──> header ──> does the file hold what the header declares? ──> one int16 array
                                   no: refused before memory is allocated          chunk by chunk
 
-A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Whether a file is compressed is
-seen from its first bytes, not from its name. nibabel parses the header; the voxels are read here.
+A ``.nii`` of native int16 HU is memory-mapped instead, read-only. Other voxels are in memory where
+there is plenty of it, else in a file of their own (see :mod:`organfast.room`). Whether a file is
+compressed is seen from its first bytes, not from its name. nibabel parses the header; the voxels
+are read here.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ import io
 import math
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,8 @@ from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from organfast.errors import InputError
+from organfast.files import check_is_file
+from organfast.room import roomy
 from organfast.volume import AIR_HU, Volume
 
 __all__ = [
@@ -37,12 +40,15 @@ __all__ = [
     "NotHU",
     "Scan",
     "accept_hu",
+    "check_extent",
     "check_is_hu",
     "corners_apart_mm",
+    "doubts_of_hu",
     "encode_nifti",
     "file_digest",
     "from_array",
     "from_nifti1image",
+    "is_mapped",
     "read_geometry",
     "read_labels",
     "read_probability",
@@ -65,6 +71,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # Voxels per chunk: 1 MB of int16 stays in cache between gunzip and the range check.
 _CHUNK = 1 << 19
 _WRITE_BYTES = 4 << 20
+# zlib's way to say: with the header and checksum of gzip.
+_GZIP_MEMBER = 31
 # isal's level 2 is its trade-off: about the size of gzip -3 at several times the speed.
 _GZIP_LEVEL = 2
 
@@ -76,6 +84,18 @@ _WHOLE_NUMBER_TOLERANCE = 1e-3
 # Thin micro-CT to a scout view; outside of it the header's numbers are not millimetres.
 _SPACING_MM = (0.01, 100.0)
 _FARTHEST_MM = 1e6
+# A whole body with raised arms is 2.5 m long and a bore less than 1 m wide; what a header makes
+# larger would fill any memory with the voxels of a working grid.
+_LONGEST_MM = 3000.0
+_MOST_MM3 = 3e9
+# Below, the header may mean cm: 0.05 cm is a voxel of a head.
+_LEAST_USUAL_MM = 0.1
+# pixdim is rounded in many headers, but not by a hundredth.
+_SPACING_TOLERANCE = 0.01
+# Cosine of 89 degrees: a tilt that leans a scan of 300 mm by 5 mm.
+_SKEW = 0.0175
+# Half of the way to where another axis would be the nearest.
+_TURN_DEGREES = 22.5
 # NIfTI's spatial unit codes: metre, millimetre, micron; 0 (not said) counts as millimetre.
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
@@ -166,7 +186,8 @@ def read_scan(path: StrPath) -> Scan:
 
     Any integer or float storage, scaling and byte order; axes stay as stored. Values are rounded to
     whole HU, padding below int16 is clipped to -32768 (and counts as air). A singleton fourth axis
-    is dropped.
+    is dropped. Foreign bytes behind a gzip stream whose checksum is right are left out, and that is
+    a warning.
 
     Parameters
     ----------
@@ -176,7 +197,8 @@ def read_scan(path: StrPath) -> Scan:
     Returns
     -------
     Scan
-        ``volume.hu`` is a read-only memory map where the file stores native int16 uncompressed.
+        ``volume.hu`` is a read-only memory map where the file stores native int16 uncompressed,
+        and the map of a temporary file where the voxels are large for the memory that is free.
 
     Raises
     ------
@@ -184,11 +206,24 @@ def read_scan(path: StrPath) -> Scan:
         The file cannot be read, is not one 3-D scalar volume with a usable affine, is damaged,
         holds NaN or infinity, or cannot be in HU (see ``check_is_hu``).
     """
-    with _opened(path) as source:
+    try:
+        return _read_scan(path)
+    except _BadGzip:
+        end = _sound_end(path)
+        if end is None:
+            raise
+        scan = _read_scan(path, end)
+    foreign = f"{os.path.getsize(path) - end} bytes behind the end of its gzip stream are left out"
+    return replace(scan, warnings=(*scan.warnings, foreign))
+
+
+def _read_scan(path: StrPath, end: int | None = None) -> Scan:
+    with _opened(path, end) as source:
         header = _read_header(source)
         hu, low, high = _read_voxels(source, header, np.dtype(np.int16), accept_hu)
         check_is_hu(path, hu, low, high)
-    return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
+    warnings = (*header.warnings, *doubts_of_hu(hu, high))
+    return Scan(Volume(hu, header.geometry.affine), header.geometry, warnings)
 
 
 def read_volume(path: StrPath) -> Volume:
@@ -276,6 +311,23 @@ def read_geometry(path: StrPath) -> Geometry:
         return _read_header(source).geometry
 
 
+def is_mapped(path: StrPath) -> bool:
+    """Whether :func:`read_scan` uses a file's voxels where they lie, and takes no memory for them.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.nii`` or ``.nii.gz`` file.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_geometry`.
+    """
+    with _opened(path) as source:
+        return _is_mapped(source, _read_header(source), np.dtype(np.int16))
+
+
 def from_nifti1image(image: Any) -> Scan:
     """A scan from a nibabel image in memory or just loaded; nothing is copied that is int16.
 
@@ -306,7 +358,8 @@ def from_nifti1image(image: Any) -> Scan:
         stored = stored.get_unscaled()
     stored = np.asarray(stored).reshape(header.geometry.shape, order="A")
     hu = _hu_of_array(path, stored, scaling)
-    return Scan(Volume(hu, header.geometry.affine), header.geometry, header.warnings)
+    warnings = (*header.warnings, *doubts_of_hu(hu, float(hu.max())))
+    return Scan(Volume(hu, header.geometry.affine), header.geometry, warnings)
 
 
 def from_array(array: Any, affine: NDArray[np.float64]) -> Scan:
@@ -346,8 +399,10 @@ def file_digest(path: StrPath) -> str:
     InputError
         The file cannot be read.
     """
-    with _errors_named(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _errors_named(path):
+        check_is_file(path, _GIVE_NIFTI)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- public writers -------------------------------------------------------------------------------
@@ -439,6 +494,10 @@ def encode_nifti(voxels: NDArray[Any], affine: NDArray[np.float64]) -> bytes:
 # --- the file and its errors ----------------------------------------------------------------------
 
 
+class _BadGzip(InputError):
+    """A gzip stream that ends too early, fails its checksum or goes on as something else."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """An open file: ``stream`` gives NIfTI bytes, whether they are compressed on disk or not."""
@@ -473,22 +532,57 @@ class _Source:
 
 
 @contextmanager
-def _opened(path: StrPath) -> Iterator[_Source]:
+def _opened(path: StrPath, end: int | None = None) -> Iterator[_Source]:
+    """A file to read; of a compressed one the first ``end`` bytes."""
     with _errors_named(path):
-        if "\0" in os.fspath(path):
-            raise FileNotFoundError
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(path, "is a folder, not a NIfTI file", _GIVE_NIFTI)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(path, "is not a regular file", _GIVE_NIFTI)
-        if status.st_size == 0:
+        size = check_is_file(path, _GIVE_NIFTI, "a NIfTI file")
+        if size == 0:
             raise InputError(path, "is empty", "copy or export it again")
         with open(path, "rb") as file:
             zipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
             file.seek(0)
-            stream = igzip.open(file) if zipped else file
-            yield _Source(path, stream, zipped, status.st_size)
+            stream = igzip.open(file if end is None else _Until(file, end)) if zipped else file
+            yield _Source(path, stream, zipped, size)
+
+
+class _Until(io.RawIOBase):
+    """A file up to a byte."""
+
+    def __init__(self, file: BinaryIO, end: int) -> None:
+        self._file, self._left = file, end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(min(self._left, len(buffer)))
+        buffer[: len(content)] = content
+        self._left -= len(content)
+        return len(content)
+
+
+def _sound_end(path: StrPath) -> int | None:
+    """Where the whole and sound gzip members end that a file begins with; None if there are none.
+
+    Only a chunk of what they hold is in memory at a time.
+    """
+    end, n_read, rest = None, 0, b""
+    with open(path, "rb") as file:
+        while True:
+            member = isal_zlib.decompressobj(wbits=_GZIP_MEMBER)
+            try:
+                while not member.eof:
+                    if not rest:
+                        rest = file.read(_CHUNK)
+                        n_read += len(rest)
+                    n_more = len(member.decompress(rest, _CHUNK))
+                    if not (rest or n_more):
+                        return end
+                    rest = member.unconsumed_tail
+            except _DAMAGED:
+                return end
+            rest = member.unused_data
+            end = n_read - len(rest)
 
 
 @contextmanager
@@ -501,11 +595,11 @@ def _errors_named(path: StrPath) -> Iterator[None]:
     except PermissionError:
         raise InputError(path, "may not be read", "check the permissions of the file") from None
     except EOFError:
-        raise InputError(
+        raise _BadGzip(
             path, "is a truncated gzip file, or has foreign bytes at its end", "copy it again"
         ) from None
     except _DAMAGED:
-        raise InputError(
+        raise _BadGzip(
             path, "is a damaged gzip file, or has foreign bytes at its end", "copy it again"
         ) from None
     except OSError as error:
@@ -561,8 +655,7 @@ def _read_header(source: _Source) -> _Header:
     if len(block) < 540 and version == 2:
         raise _truncated(source.path)
     raw = _header_class(version)(block, endianness=byte_order, check=False)
-    header = _parse_header(source.path, raw, version)
-    _check_size(source, header)
+    header = _parse_header(source.path, raw, version, source)
     source.skip(header.offset - len(block))
     return header
 
@@ -585,16 +678,22 @@ def _identify(path: StrPath, block: bytes) -> tuple[int, str]:
     raise InputError(path, "is not a NIfTI file", _GIVE_NIFTI)
 
 
-def _parse_header(path: StrPath, raw: Any, version: int) -> _Header:
-    shape = _shape(path, [int(n) for n in raw["dim"]])
+def _parse_header(path: StrPath, raw: Any, version: int, source: _Source | None = None) -> _Header:
+    shape, dtype = _shape(path, [int(n) for n in raw["dim"]]), _dtype(path, raw)
+    offset, least = float(raw["vox_offset"]), raw.single_vox_offset
+    if offset != 0 and not (least <= offset < 2**62 and offset.is_integer()):
+        raise InputError(path, f"puts its voxels at byte {offset:g}", "export the scan again")
+    first = int(offset) or least
+    if source is not None:
+        _check_size(source, first + math.prod(shape) * dtype.itemsize)
     affine, warnings = _affine(path, raw, shape)
     geometry = Geometry(shape, affine, version, _fields(raw))
-    offset = float(raw["vox_offset"])
-    least = raw.single_vox_offset
-    if offset != 0 and not least <= offset < 2**62:
-        raise InputError(path, f"puts its voxels at byte {offset:g}", "export the scan again")
     scaling = _scaling(path, float(raw["scl_slope"]), float(raw["scl_inter"]))
-    return _Header(geometry, _dtype(path, raw), int(offset) or least, scaling, warnings)
+    bits, meant = int(raw["bitpix"]), 8 * dtype.itemsize
+    if bits != meant:
+        said = f"the header says {bits} bits per voxel, where {dtype.name} has {meant}"
+        warnings = (*warnings, f"{said}: the datatype is used")
+    return _Header(geometry, dtype, first, scaling, warnings)
 
 
 def _shape(path: StrPath, dim: list[int]) -> tuple[int, int, int]:
@@ -625,7 +724,9 @@ def _dtype(path: StrPath, raw: Any) -> np.dtype[Any]:
 
     code = int(raw["datatype"])
     names = data_type_codes.label
-    if code not in names or data_type_codes.dtype[code].kind not in "iuf":
+    # float128 is one number on each kind of processor, and none of them may be the file's.
+    is_number = code in names and data_type_codes.dtype[code].kind in "iuf"
+    if not is_number or data_type_codes.dtype[code].itemsize > 8:
         problem = f"stores {names[code]} voxels" if code in names else f"has datatype code {code}"
         raise InputError(path, f"{problem}, not numbers in HU", "give a scan of integers or floats")
     dtype: np.dtype[Any] = data_type_codes.dtype[code].newbyteorder(raw.endianness)
@@ -648,29 +749,88 @@ def _scaling(path: StrPath, slope: float, inter: float) -> tuple[float, float] |
 def _affine(
     path: StrPath, raw: Any, shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Affine in mm (sform before qform, as nibabel), and what is doubtful about it."""
-    raw = raw.copy()
+    """Affine in mm (sform before qform, as nibabel), and what is doubtful about it.
+
+    Of the two, one that is broken does not count where the other one is sound.
+    """
+    from nibabel.nifti1 import xform_codes
+
+    raw, codes = raw.copy(), xform_codes.code
     if raw["pixdim"][0] not in (-1, 1):
         raw["pixdim"][0] = 1  # the standard: anything else counts as 1
     raw["pixdim"][1:] = np.abs(raw["pixdim"][1:])
-    has_sform, has_qform = raw["sform_code"] > 0, raw["qform_code"] > 0
-    scale = np.diag([_MM_PER_UNIT.get(int(raw["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
+    unit = _MM_PER_UNIT.get(int(raw["xyzt_units"]) & 7, 1.0)
+    scale = np.diag([unit] * 3 + [1.0])
+    said: dict[str, NDArray[np.float64]] = {}
     with np.errstate(all="ignore"):  # what overflows is refused below
-        qform = scale @ _qform(raw)
-        if has_sform:
-            affine = scale @ raw.get_sform()
-        else:
-            affine = qform if has_qform else scale @ raw.get_base_affine()
-        apart = corners_apart_mm(shape, affine, qform) if has_sform and has_qform else 0.0
-    _check_affine(path, affine)
-    if not (has_sform or has_qform):
-        return affine, (
+        # A code that is none counts as 0, as it does for nibabel.
+        if raw["sform_code"] > 0 and int(raw["sform_code"]) in codes:
+            said["sform"] = scale @ raw.get_sform()
+        if raw["qform_code"] > 0 and int(raw["qform_code"]) in codes:
+            said["qform"] = scale @ _qform(raw)
+        if not said:
+            said["pixdim"] = scale @ raw.get_base_affine()
+    faults = {name: _fault(affine, shape) for name, affine in said.items()}
+    used = next((name for name, fault in faults.items() if fault is None), next(iter(said)))
+    fault = faults[used]
+    if fault is not None:
+        raise InputError(path, *fault)
+    lengths = raw["pixdim"][1:4].astype(np.float64) * unit
+    return said[used], (*_disagreement(said, used, lengths, shape), *_doubts(said[used]))
+
+
+def _disagreement(
+    said: Mapping[str, NDArray[np.float64]],
+    used: str,
+    lengths: NDArray[np.float64],
+    shape: tuple[int, int, int],
+) -> tuple[str, ...]:
+    """What the header says twice, and not alike."""
+    if used == "pixdim":
+        return (
             "the header says nothing of the orientation (sform and qform code 0): "
             "left and right may be swapped",
         )
-    if not apart <= np.linalg.norm(affine[:3, :3], axis=0).min():
-        return affine, (f"sform and qform disagree by up to {apart:.3g} mm: the sform is used",)
-    return affine, ()
+    affine, kept = said[used], f"the {used} is used"
+    for name, other in said.items():
+        if name != used and _fault(other, shape) is not None:
+            return (f"the {name} is broken: {kept}",)
+        apart = corners_apart_mm(shape, affine, other)
+        if apart > np.linalg.norm(affine[:3, :3], axis=0).min():
+            return (f"sform and qform disagree by up to {apart:.3g} mm: {kept}",)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if len(said) == 1 and not np.abs(lengths / spacing - 1).max() <= _SPACING_TOLERANCE:
+        return (f"pixdim says {_by(lengths)} mm and the {used} {_by(spacing)} mm: {kept}",)
+    return ()
+
+
+def _doubts(affine: NDArray[np.float64]) -> tuple[str, ...]:
+    """What can be used, but is unlike a CT scan of a patient."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    directions = affine[:3, :3] / spacing
+    doubts = []
+    skew = float(np.abs(directions.T @ directions - np.eye(3)).max())
+    if skew > _SKEW:
+        angle = np.degrees(np.arccos(min(1.0, skew)))
+        doubts.append(
+            f"the voxel axes are not at right angles ({angle:.0f} degrees), as of a tilted gantry: "
+            "organs may be misjudged; resample the scan to a straight grid"
+        )
+    turn = float(np.degrees(np.arccos(min(1.0, np.abs(directions).max(axis=0).min()))))
+    if turn > _TURN_DEGREES:
+        doubts.append(
+            f"the voxel axes are up to {turn:.0f} degrees off the patient's, and the scan is read "
+            "along them: organs may be misjudged"
+        )
+    if spacing.min() < _LEAST_USUAL_MM:
+        doubts.append(
+            f"voxels of {_by(spacing)} mm are smaller than a clinical CT's: the header may be in cm"
+        )
+    return tuple(doubts)
+
+
+def _by(lengths: NDArray[np.float64]) -> str:
+    return "×".join(f"{length:.4g}" for length in lengths)
 
 
 def _qform(raw: Any) -> NDArray[np.float64]:
@@ -684,19 +844,50 @@ def _qform(raw: Any) -> NDArray[np.float64]:
     return qform
 
 
-def _check_affine(path: StrPath, affine: NDArray[np.float64]) -> None:
+def check_extent(path: StrPath, affine: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+    """Refuse a volume that no patient fills: on a working grid it could fill any memory.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Named in the error.
+    affine : (4, 4) float64
+        Stored voxel index -> RAS+ mm.
+    shape : tuple of int
+        Voxels along the stored axes.
+
+    Raises
+    ------
+    InputError
+        It is longer than 3 m, or larger than 3 cubic metres.
+    """
+    problem = _oversize(affine, shape)
+    if problem is not None:
+        raise InputError(path, problem, "correct its spacing")
+
+
+def _oversize(affine: NDArray[np.float64], shape: tuple[int, ...]) -> str | None:
+    size = np.linalg.norm(affine[:3, :3], axis=0) * shape
+    if size.max() <= _LONGEST_MM and size.prod() <= _MOST_MM3:
+        return None
+    return f"is {_by(np.rint(size))} mm large, as no patient is"
+
+
+def _fault(affine: NDArray[np.float64], shape: tuple[int, int, int]) -> tuple[str, str] | None:
+    """What is wrong with an affine, and what would do."""
     remedy = "correct its sform or qform"
     if not np.isfinite(affine).all():
-        raise InputError(path, "has an affine that is not finite", remedy)
+        return "has an affine that is not finite", remedy
     if np.abs(affine).max() > _FARTHEST_MM:
-        raise InputError(path, f"has an affine with {np.abs(affine).max():g} mm in it", remedy)
+        return f"has an affine with {np.abs(affine).max():g} mm in it", remedy
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # The same bound as Volume's.
     if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * spacing.prod() or spacing.min() == 0:
-        raise InputError(path, "has a singular affine", remedy)
+        return "has a singular affine", remedy
     if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
-        size = "×".join(f"{length:g}" for length in spacing)
-        raise InputError(path, f"has voxels of {size} mm", f"{remedy} or its units")
+        return f"has voxels of {_by(spacing)} mm", f"{remedy} or its units"
+    problem = _oversize(affine, shape)
+    return None if problem is None else (problem, f"{remedy} or its units")
 
 
 def corners_apart_mm(
@@ -716,10 +907,8 @@ def corners_apart_mm(
     return float(np.linalg.norm((index @ (first - second).T)[:, :3], axis=1).max())
 
 
-def _check_size(source: _Source, header: _Header) -> None:
+def _check_size(source: _Source, declared: int) -> None:
     """Refuse a header that declares more than the file can hold, before memory is allocated."""
-    voxels = math.prod(header.geometry.shape) * header.dtype.itemsize
-    declared = header.offset + voxels
     if source.zipped:
         if declared > _DEFLATE_RATIO * source.size:
             raise InputError(
@@ -756,13 +945,13 @@ def _read_voxels(
     shape = header.geometry.shape
     n_voxels = math.prod(shape)
     direct = header.dtype == dtype and header.scaling is None
-    mapped = direct and not source.zipped and header.offset % dtype.itemsize == 0
+    mapped = _is_mapped(source, header, dtype)
     if mapped:
         voxels = np.asarray(
             np.memmap(source.stream, dtype, mode="r", offset=header.offset, shape=(n_voxels,))
         )
     else:
-        voxels = np.empty(n_voxels, dtype)
+        voxels = roomy((n_voxels,), dtype)
     stored = None if direct else np.empty(min(_CHUNK, n_voxels), header.dtype)
     extremes = []
     for start in range(0, n_voxels, _CHUNK):
@@ -780,6 +969,12 @@ def _read_voxels(
         source.expect_end()
     lows, highs = zip(*extremes, strict=True)
     return voxels.reshape(shape, order="F"), float(min(lows)), float(max(highs))
+
+
+def _is_mapped(source: _Source, header: _Header, dtype: np.dtype[Any]) -> bool:
+    """Whether voxels are used where they lie in the file."""
+    direct = header.dtype == dtype and header.scaling is None
+    return direct and not source.zipped and header.offset % dtype.itemsize == 0
 
 
 def _scaled(stored: NDArray[Any], scaling: tuple[float, float] | None) -> NDArray[Any]:
@@ -895,6 +1090,9 @@ _FAT_HU = -30
 # scan there. Noise never puts a tenth of all voxels on one value that is not air.
 _WINDOW_HU = -500
 _WINDOW_SHARE = 0.1
+# The end of 12 bits at an intercept of -1024. Implants fill less than a hundredth of a scan.
+_DENSEST_HU = 3071
+_DENSE_SHARE = 0.01
 
 
 def check_is_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -> None:
@@ -934,12 +1132,40 @@ def check_is_hu(path: StrPath, hu: NDArray[np.int16], low: float, high: float) -
             f"holds values up to {high:g} and none from {AIR_HU} to {_FAT_HU}, so they are not HU",
             grey if high <= 255 else shifted,
         )
-    if low > _WINDOW_HU and np.count_nonzero(hu == round(low)) >= _WINDOW_SHARE * hu.size:
+    if low > _WINDOW_HU and _n_voxels(hu, lambda h: h == round(low)) >= _WINDOW_SHARE * hu.size:
         raise NotHU(
             path,
             f"is cut off at {low:g}, as by a display window, so air and lung are lost",
             "give the scan before windowing",
         )
+
+
+def doubts_of_hu(hu: NDArray[np.int16], high: float) -> tuple[str, ...]:
+    """What is doubtful in numbers that passed ``check_is_hu``: too much of it denser than bone.
+
+    Parameters
+    ----------
+    hu : int16 array
+        Rounded and clipped voxels, stored axes.
+    high : float
+        The greatest.
+    """
+    if high <= _DENSEST_HU:
+        return ()
+    n_dense = _n_voxels(hu, lambda h: h > _DENSEST_HU)
+    if n_dense <= _DENSE_SHARE * hu.size:
+        return ()
+    return (
+        f"{n_dense / hu.size:.0%} of its voxels are above {_DENSEST_HU} HU, where only metal is: "
+        "its slope may be wrong",
+    )
+
+
+def _n_voxels(
+    hu: NDArray[np.int16], of_interest: Callable[[NDArray[np.int16]], NDArray[np.bool_]]
+) -> int:
+    """Voxels of interest, counted slice by slice: no map of them is as large as the scan."""
+    return sum(int(np.count_nonzero(of_interest(hu[:, :, k]))) for k in range(hu.shape[2]))
 
 
 def _any_fat_or_air(hu: NDArray[np.int16]) -> bool:

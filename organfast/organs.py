@@ -6,8 +6,6 @@ RAS+ mm (x to the patient's right, y to the front, z to the head).
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
 from organfast.segmentation import Labels, LabelStatistics, measure_labels
+from organfast.tables import table
 from organfast.volume import Volume
 
 __all__ = ["Organ", "Presence", "measure_organs", "organs_csv", "organs_from_json", "organs_json"]
@@ -225,12 +224,7 @@ def organs_csv(organs: Mapping[str, Organ]) -> str:
     organs : mapping of str to Organ
         As :func:`measure_organs` gives them.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    for organ in organs.values():
-        writer.writerow([_cell(value) for value in _csv_row(organ)])
-    return text.getvalue()
+    return table([_CSV_COLUMNS, *map(_csv_row, organs.values())])
 
 
 _FIELDS = fields(Organ)
@@ -273,13 +267,6 @@ def _csv_row(organ: Organ) -> list[Any]:
         " ".join(organ.cut_off),
         "; ".join(organ.warnings),
     ]
-
-
-def _cell(value: Any) -> Any:
-    """Text that begins as a formula does, made text again."""
-    if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")):
-        return "'" + value
-    return value
 
 
 def _rounded(value: Any, name: str) -> Any:

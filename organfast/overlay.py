@@ -14,6 +14,7 @@ Nothing here touches pyplot or its global state.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -142,6 +143,29 @@ def overlay_views(
         for label in shown:
             _draw_label(axes, view, label, _colour(classes, label))
         _draw_marks(axes, view, _bar_mm(views))
+    return figure
+
+
+def empty_figure(width: float, height: float, dpi: int, colour: str) -> Figure:
+    """A figure without a layout of its own.
+
+    matplotlib is imported here. Where it can keep nothing in the home folder it says so, and draws
+    all the same: only that is not passed on.
+
+    Parameters
+    ----------
+    width, height : float
+        In pixels.
+    dpi : int
+        Dots per inch, by which text has its size.
+    colour : str
+        Of the page.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor=colour)
+    figure.set_layout_engine("none")
     return figure
 
 
@@ -314,8 +338,6 @@ def _page(
 
     With ``bar`` a narrow panel for a colour bar comes last.
     """
-    from matplotlib.figure import Figure
-
     bar_width = _BAR if bar else 0
     room = _WIDTH - 2 * _MARGIN - _GAP * (len(views) - 1) - bar_width
     heights, widths = zip(*(view.size_mm for view in views), strict=True)
@@ -326,8 +348,7 @@ def _page(
     height = legend_top + (n_legend_rows + len(notes)) * _LINE + _MARGIN
 
     # Layout and origins are given, so that no matplotlibrc turns a picture round.
-    figure = Figure(figsize=(_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor=_PAGE)
-    figure.set_layout_engine("none")
+    figure = empty_figure(_WIDTH, height, _DPI, _PAGE)
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(height, 0))
     page.set_axis_off()
 

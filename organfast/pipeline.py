@@ -52,6 +52,7 @@ from organfast.probability import (
 from organfast.progress import Progress, silent
 from organfast.refinement import Refine, Visits, refined_slabs
 from organfast.results import Result, peak_memory_mb, too_large
+from organfast.room import roomy
 from organfast.sampling import on_model_grid
 from organfast.scans import as_scan
 from organfast.segmentation import Cleaning, clean, keep_labels
@@ -374,8 +375,8 @@ def _segment(
     seconds, threads = {"read": given.seconds}, workers.threads
     # In working order, whatever the order of the file: the kernels write along memory.
     shape = volume.working.shape
-    labels: NDArray[Any] = np.zeros(shape, np.uint8 if len(classes) <= 256 else np.uint16)
-    confidence = np.zeros(shape, np.uint8) if settings.confidence else None
+    labels: NDArray[Any] = roomy(shape, np.uint8 if len(classes) <= 256 else np.uint16)
+    confidence = roomy(shape, np.uint8) if settings.confidence else None
 
     visits = Visits()
     with _timed(seconds, "model grid and body"):
@@ -510,7 +511,7 @@ class _Flow:
     ) -> NDArray[np.uint8]:
         """One structure at full size; the classifier runs again if its positions were not kept."""
         label = self.model.classes.index(name)
-        out = np.zeros(self.enlargement.shape, np.uint8)
+        out: NDArray[np.uint8] = roomy(self.enlargement.shape, np.uint8)
         with Workers(threads) as workers:
             coarse = kept.get(label)
             if coarse is None:

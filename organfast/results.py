@@ -214,7 +214,7 @@ class Result:
                 write_labels(target, self.labels, self.scan.geometry)
             return
         # A link goes on pointing at the result.
-        place = target.resolve() if target.is_symlink() else target
+        place = Path(os.path.realpath(target)) if target.is_symlink() else target
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             beside = place.parent / f".organfast-{secrets.token_hex(8)}"

@@ -6,8 +6,6 @@ patient with several scans are averaged first. NaN stands for what is not scored
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,6 +19,7 @@ from organfast.calibration import Reliability, reliability_of_histogram
 from organfast.curve import Curve
 from organfast.metrics import SCORES, block_scores, row_shares
 from organfast.statistics import PairedComparison, compare_paired, mean_intervals
+from organfast.tables import table
 
 __all__ = [
     "ALL_ORGANS",
@@ -520,24 +519,17 @@ def evaluation_csv(evaluation: Evaluation) -> str:
     evaluation : Evaluation
         What to write.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     head = ("case", "patient", "fold", "organ", "present", "truth_ml", "predicted_ml")
-    writer.writerow([*head, *SCORES])
+    rows: list[Sequence[Any]] = [(*head, *SCORES)]
     for case in evaluation.cases:
         for n in np.flatnonzero(case.annotated):
             numbers = (case.truth_ml[n], case.predicted_ml[n], *(case.scores[s][n] for s in SCORES))
-            writer.writerow(
-                [
-                    _cell(case.name),
-                    _cell(case.patient),
-                    "" if case.fold is None else case.fold,
-                    _cell(evaluation.organs[n]),
-                    "true" if case.present[n] else "false",
-                    *("" if np.isnan(x) else f"{x:.6g}" for x in numbers),
-                ]
+            row = (case.name, case.patient, case.fold, evaluation.organs[n])
+            present = "true" if case.present[n] else "false"
+            rows.append(
+                (*row, present, *(None if np.isnan(x) else float(f"{x:.6g}") for x in numbers))
             )
-    return text.getvalue()
+    return table(rows)
 
 
 def summary_rows(evaluation: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -604,10 +596,6 @@ def _with_interval(entry: Mapping[str, Any], decimals: int, sign: str = "") -> s
     if entry["low"] is None:
         return mean
     return f"{mean} [{entry['low']:{sign}.{decimals}f}, {entry['high']:{sign}.{decimals}f}]"
-
-
-def _cell(text: str) -> str:
-    return "'" + text if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _plain(value: Any) -> Any:

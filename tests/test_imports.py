@@ -14,15 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "organfast"
 # One line per column, left to right; modules of a column may import each other, never in a circle.
 COLUMNS = [
     [
-        "errors",
-        "files",
-        "progress",
-        "remote",
-        "workers",
-        "surfaces",
-        "statistics",
-        "calibration",
-        "curve",
+        *("errors", "files", "progress", "remote", "room", "tables", "workers", "surfaces"),
+        *("statistics", "calibration", "curve"),
     ],
     ["anatomy", "volume"],
     ["cases", "labeltables"],

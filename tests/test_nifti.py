@@ -453,12 +453,17 @@ BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+FOREIGN_END = ("foreign bytes", "zeros with a few others")
+
+
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
     damage, words = BAD_FILES[name]
     path = tmp_path / "a.nii.gz"
     hu = hu_of((20, 20, 20))
     for read, array in ((read_scan, hu), (read_labels, (hu > 0).astype(np.uint8))):
+        if read is read_scan and name in FOREIGN_END:
+            continue  # a warning: see test_hostile.py
         path.write_bytes(damage(save(tmp_path / "whole.nii", array).read_bytes()))
         with pytest.raises(InputError) as caught:
             read(path)
@@ -813,7 +818,8 @@ def test_a_sheared_volume_is_written_with_its_sform(tmp_path: Path) -> None:
     write_volume(tmp_path / "a.nii", Volume(hu_of(), sheared))
     scan = read_scan(tmp_path / "a.nii")
     np.testing.assert_allclose(scan.volume.affine, sheared, rtol=1e-6)
-    assert scan.warnings == ()
+    (warning,) = scan.warnings
+    assert "not at right angles" in warning
 
 
 def test_digest_is_sha256(tmp_path: Path) -> None:

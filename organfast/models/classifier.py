@@ -26,7 +26,7 @@ from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.calibration import Isotonic, Temperature, calibration_from_dict
 from organfast.curve import Curve
 from organfast.errors import InputError
-from organfast.files import written_whole
+from organfast.files import check_is_file, written_whole
 from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
@@ -238,6 +238,7 @@ def load_model(path: StrPath) -> Model:
         The file cannot be read, is no model, is damaged or was tampered with.
     """
     try:
+        check_is_file(path, _RETRAIN, "a model")
         with open(path, "rb") as file:
             header = _read_header(path, file)
             file.seek(0)
