@@ -75,6 +75,8 @@ Scans = Annotated[
 ModelFile = Annotated[
     Path, typer.Option("-m", "--model", readable=False, help="A .organfast file.")
 ]
+_MODEL_HELP = "A .organfast file; `starter` is the model that comes with the package."
+UsualModel = Annotated[Path, typer.Option("-m", "--model", readable=False, help=_MODEL_HELP)]
 Stride = Annotated[
     str | None,
     typer.Option(help="Voxels between positions: N, or COLS,ROWS,SLICES. Default: the model's."),
@@ -389,7 +391,9 @@ def segment(
             help="A folder, its URL, or NAME.nii.gz for one label map alone.",
         ),
     ],
-    model: Annotated[str, typer.Option("-m", "--model", help="A .organfast file, or its URL.")],
+    model: Annotated[
+        str, typer.Option("-m", "--model", help=f"{_MODEL_HELP.rstrip('.')}; or a URL.")
+    ] = "starter",
     organs: Annotated[
         str | None, typer.Option(help="Organs to keep, parted by commas. Default: all.")
     ] = None,
@@ -482,6 +486,7 @@ def segment(
     if report and is_one_file(out):
         raise ValueError(f"--report needs a folder, and {out} is one file")
     loaded = load(model if is_url(model) else Path(model), device)
+    _introduce_starter(model, loaded)
     names = None if organs is None else tuple(name.strip() for name in organs.split(","))
     wanted = names or tuple(loaded.classes.names[n] for n in loaded.classes.organs)
     for name in wanted:
@@ -545,7 +550,7 @@ def locate(
     scan: Annotated[
         Path, typer.Option("-i", "--input", readable=False, help="A scan, as for segment.")
     ],
-    model: ModelFile,
+    model: UsualModel = Path("starter"),
     stride: Stride = None,
     preset: Preset = None,
     trees: Trees = None,
@@ -560,6 +565,7 @@ def locate(
     from organfast.pipeline import segment as find
 
     loaded = _on_device(load_model(model), device)
+    _introduce_starter(model, loaded)
     asked = (_stride(stride), None, None, trees)
     settings = _with_shortcuts(Settings(), asked, preset, (model, loaded))
     settings = half_as_dense(settings, loaded)
@@ -1490,6 +1496,19 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _introduce_starter(path: Path | str, model: Model) -> None:
+    """Who did not choose the model is told what it is."""
+    from organfast.models.classifier import STARTER
+
+    if str(path) == STARTER:
+        n_organs = len(model.classes.organs)
+        _complain(
+            f"note: this is the starter model: {n_organs} structures, learned from public label "
+            "maps and two CT scans; for research only. `organfast info starter` tells how far to "
+            "trust it"
+        )
+
+
 def _warn(path: Path | str, warnings: Iterable[str]) -> None:
     for warning in warnings:
         _complain(f"{path}: warning: {warning}")
@@ -1647,6 +1666,7 @@ def _described(model: Model) -> dict[str, Any]:
         "trained on": list(model.training["cases"]),
         "examples": model.training["n_examples"],
         "scores": scores,
+        **({"card": model.training["card"]} if "card" in model.training else {}),
         "calibration": None if model.calibration is None else model.calibration.to_dict()["kind"],
         "versions": dict(model.versions),
     }

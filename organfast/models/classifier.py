@@ -14,8 +14,10 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
 from importlib.metadata import version
 from os import PathLike
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -31,9 +33,12 @@ from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
 
-__all__ = ["Classifier", "Model", "load_model", "save_model"]
+__all__ = ["STARTER", "Classifier", "Model", "load_model", "save_model"]
 
 StrPath = str | PathLike[str]
+
+STARTER = "starter"
+"""In the place of a path: the model that comes with the package."""
 
 SCHEMA = 1
 NATIVE_STRIDE = (1, 4, 4)
@@ -225,7 +230,8 @@ def load_model(path: StrPath) -> Model:
     Parameters
     ----------
     path : path
-        As :func:`save_model` wrote it.
+        As :func:`save_model` wrote it; or ``"starter"``, the model that comes with the package
+        (``"./starter"`` is a file of that name).
 
     Returns
     -------
@@ -237,6 +243,8 @@ def load_model(path: StrPath) -> Model:
     InputError
         The file cannot be read, is no model, is damaged or was tampered with.
     """
+    if str(path) == STARTER:
+        path = Path(str(resources.files("organfast"))) / "data" / "starter.organfast"
     try:
         check_is_file(path, _RETRAIN, "a model")
         with open(path, "rb") as file:
