@@ -121,6 +121,7 @@ def main() -> int:
     recipe = Recipe(
         grid=GRID,
         n_per_class=given.n_per_class,
+        context_factor=given.context_factor,
         network=NetworkRecipe(training=settings, outputs=outputs),
         classes=starter_classes(),
         split=Split(train=tuple(wanted), validation=(), test=()),
@@ -151,6 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--altered", type=int, default=12, help="altered copies of each scan")
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks per class and copy")
+    parser.add_argument("--context-factor", type=int, default=3, help="as of `organfast train`")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -173,7 +175,7 @@ def judge(model: Model, given: argparse.Namespace, cases: Path, minutes: float) 
             "n_patients": len(found.patients),
             "steps": given.steps,
             "minutes": round(minutes, 1),
-            **{score: _by_organ(found, score) for score in ("dice", "nsd", "centroid_error_mm")},
+            **{score: _by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")},
         }
         print(key, json.dumps(results[key]), flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
