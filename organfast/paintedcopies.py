@@ -59,8 +59,9 @@ class Variety:
     view_mm : (low, high) float
         Field of view in the slice; what lies outside is not seen. Drawn evenly, and made no
         smaller than needed to see the middle of the body.
-    least_mm : float
-        Each copy shows a random run of slices at least so long, or all of a shorter one.
+    length_mm : (low, high) float
+        Each copy shows a random run of slices of a length drawn evenly, or all of a shorter one:
+        where a scan ends must be no cue.
 
     Raises
     ------
@@ -71,15 +72,13 @@ class Variety:
     people: Augmentation = field(default_factory=_people)
     thickness_mm: tuple[float, float] = (2.0, 6.0)
     view_mm: tuple[float, float] = (320.0, 500.0)
-    least_mm: float = 160.0
+    length_mm: tuple[float, float] = (60.0, 700.0)
 
     def __post_init__(self) -> None:
-        for name in ("thickness_mm", "view_mm"):
+        for name in ("thickness_mm", "view_mm", "length_mm"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is {(low, high)}; give (low, high) from above 0 mm")
-        if not self.least_mm > 0:
-            raise ValueError(f"least_mm is {self.least_mm}; give a length above 0 mm")
 
 
 def painted_copy(
@@ -172,8 +171,8 @@ def _seen(
 ) -> tuple[slice, slice, slice]:
     """The field of view: a run of slices, and a square about the middle of the body."""
     n = known.stop - known.start
-    least = min(n, round(variety.least_mm / PAINTED_MM))
-    n_seen = int(rng.integers(least, n + 1))
+    length = rng.uniform(*variety.length_mm) / PAINTED_MM
+    n_seen = int(np.clip(np.rint(length), 1, n))
     first = known.start + int(rng.integers(0, n - n_seen + 1))
     view = rng.uniform(*variety.view_mm) / PAINTED_MM
     flat = (hu[known] > -200).any(axis=0)

@@ -13,7 +13,9 @@ from organfast.paintedcopies import PAINTED_MM, Variety, _thicken, painted_copy
 from organfast.painting import LabelMap
 from organfast.phantom import FieldOfView, phantom
 
-STILL = Variety(people=Augmentation.off(), thickness_mm=(2, 2), view_mm=(900, 900), least_mm=9000)
+STILL = Variety(
+    people=Augmentation.off(), thickness_mm=(2, 2), view_mm=(900, 900), length_mm=(9000, 9000)
+)
 
 
 @cache
@@ -49,7 +51,7 @@ def test_a_still_copy_is_the_anatomy_at_two_millimetres() -> None:
 
 
 def test_copies_keep_their_sides_and_are_painted_as_tissues() -> None:
-    volume, labels = painted_copy(_anatomy(), 2, replace(Variety(), least_mm=9000))
+    volume, labels = painted_copy(_anatomy(), 2, replace(Variety(), length_mm=(9000, 9000)))
     right = {name: _middle(labels, name)[0] for name in ORGANS}  # x grows to the right in RAS+
     assert right["kidney_right"] > right["kidney_left"]
     assert right["lung_right"] > right["lung_left"]
@@ -69,7 +71,7 @@ def test_the_same_seed_paints_the_same_bytes_in_any_threads() -> None:
 
 def test_the_field_of_view_cuts() -> None:
     seen = [
-        painted_copy(_anatomy(), seed, replace(STILL, view_mm=(200, 240), least_mm=60))[1]
+        painted_copy(_anatomy(), seed, replace(STILL, view_mm=(200, 240), length_mm=(60, 300)))[1]
         for seed in range(4)
     ]
     for labels in seen:
@@ -91,7 +93,7 @@ def test_impossible_wishes_are_named() -> None:
         Variety(thickness_mm=(3, 2))
     with pytest.raises(ValueError, match="view_mm"):
         Variety(view_mm=(0, 2))
-    with pytest.raises(ValueError, match="least_mm"):
-        Variety(least_mm=0)
+    with pytest.raises(ValueError, match="length_mm"):
+        Variety(length_mm=(0, 1))
     with pytest.raises(ValueError, match="seed"):
         painted_copy(_anatomy(), -1)

@@ -19,7 +19,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--painted", type=int, default=16, help="painted copies of each anatomy")
     parser.add_argument("--altered", type=int, default=12, help="altered copies of each scan")
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks per class and copy")
     parser.add_argument("--context-factor", type=int, default=3, help="as of `organfast train`")
     parser.add_argument("--steps", type=int, default=6000)
@@ -222,44 +225,44 @@ def label_table() -> NDArray[np.uint8]:
 
 def made_cases(given: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Painted copies of every anatomy, altered copies of every scan; the names of new ones."""
-    table, names = label_table(), case_table()
-    every_slice = Variety(least_mm=2000.0)
-    for number, (name, file) in enumerate(LABEL_MAPS.items()):
-        anatomy = None
-        for copy in range(given.painted):
-            case = f"{name}-painted-{copy:03d}"
-            if _is_made(folder, case):
-                continue
-            anatomy = anatomy or _label_map(given.data / file)
-            seed = (given.seed, number, copy)
-            volume, labels = painted_copy(anatomy, seed, every_slice)
-            write_case(folder, case, volume, _with_body(volume, table[labels], names), names)
-            yield case
-    for number, (name, file) in enumerate(SCANS.items()):
-        for copy in range(given.altered):
-            case = f"{name}-altered-{copy:03d}"
-            if not _is_made(folder, case):
-                seed = (given.seed, 100 + number, copy)
-                write_case(folder, case, *_altered(given.data, name, file, seed), names)
-                yield case
+    wanted = [
+        (_painted, f"{name}-painted-{copy:03d}", given.data / file, (given.seed, number, copy))
+        for number, (name, file) in enumerate(LABEL_MAPS.items())
+        for copy in range(given.painted)
+    ] + [
+        (_altered, f"{name}-altered-{copy:03d}", given.data / file, (given.seed, 100 + n, copy))
+        for n, (name, file) in enumerate(SCANS.items())
+        for copy in range(given.altered)
+    ]
+    missing = [one for one in wanted if not (folder / one[1] / "ct.nii.gz").exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_made, folder, *one) for one in missing]):
+            yield future.result()
 
 
-def _is_made(folder: Path, case: str) -> bool:
-    return (folder / case / "ct.nii.gz").exists()
+def _made(
+    folder: Path, make: Callable[..., Any], case: str, file: Path, seed: tuple[int, ...]
+) -> str:
+    write_case(folder, case, *make(file, seed), case_table())
+    return case
 
 
-def _label_map(file: Path) -> LabelMap:
+def _painted(file: Path, seed: tuple[int, ...]) -> tuple[Volume, NDArray[np.uint8]]:
+    """A painted copy of a label map, the unlabelled inside of the body as context."""
     stored = nibabel.load(file)
-    labels = np.asarray(stored.dataobj).astype(np.uint8)
     names = dict.fromkeys(range(1, 256), "unnamed") | totalsegmentator_names()
-    return LabelMap(labels, stored.affine, names)
+    anatomy = LabelMap(np.asarray(stored.dataobj).astype(np.uint8), stored.affine, names)
+    volume, drawn = painted_copy(anatomy, seed, Variety(length_mm=_length_mm(seed[-1])))
+    labels = label_table()[drawn]
+    body = volume.orientation.stored(body_voxels(to_model_grid(volume, AT_2_MM)))
+    labels[(labels == 0) & body] = case_table().index("thorax_abdomen")
+    return volume, labels
 
 
-def _with_body(volume: Volume, labels: NDArray[np.uint8], names: ClassTable) -> NDArray[np.uint8]:
-    """Unlabelled voxels inside the body are context."""
-    inside = body_voxels(to_model_grid(volume, AT_2_MM))
-    body = volume.orientation.stored(inside)
-    return np.where((labels == 0) & body, names.index("thorax_abdomen"), labels).astype(np.uint8)
+def _length_mm(copy: int) -> tuple[float, float]:
+    """Every other copy is a slab: where a scan ends must be no cue."""
+    return (40.0, 160.0) if copy % 2 else (2000.0, 2000.0)
 
 
 def _people(of: Augmentation) -> Augmentation:
@@ -268,19 +271,22 @@ def _people(of: Augmentation) -> Augmentation:
     return replace(of, **look, gain=0.05, noise_hu=15.0, blur_mm=1.0)
 
 
-def _altered(
-    data: Path, name: str, file: str, seed: tuple[int, ...]
-) -> tuple[Volume, NDArray[np.uint8]]:
+def _altered(file: Path, seed: tuple[int, ...]) -> tuple[Volume, NDArray[np.uint8]]:
     """An altered copy of a labelled scan, at 2 mm."""
-    volume, table, names = read_scan(data / file).volume, label_table(), case_table()
-    stored = np.asarray(nibabel.load(data / LABEL_MAPS[name]).dataobj).astype(np.uint8)
+    volume, table, names = read_scan(file).volume, label_table(), case_table()
+    beside = file.with_name(file.name.replace(".nii.gz", "_labels.nii.gz"))
+    stored = np.asarray(nibabel.load(beside).dataobj).astype(np.uint8)
     grid_volume = to_model_grid(volume, AT_2_MM)
     found = resample_labels(volume.orientation.working(stored), grid_volume)
     labels = table[found]
     labels[(found == 0) & body_voxels(grid_volume)] = names.index("thorax_abdomen")
     copy, drawn = altered_copy(grid_volume, labels, names, _people(Variety().people), seed)
     known = np.flatnonzero([(page == 255).mean() < 0.02 for page in drawn])
-    run = slice(int(known[0]), int(known[-1]) + 1)
+    first, last = int(known[0]), int(known[-1]) + 1
+    rng = np.random.default_rng([*seed, 6])
+    n = round(min(rng.uniform(*_length_mm(seed[-1])) / PAINTED_MM, last - first))
+    first += int(rng.integers(0, last - first - n + 1))
+    run = slice(first, first + n)
     drawn = np.where(drawn[run] == 255, 0, drawn[run]).astype(np.uint8)
     affine = np.diag([PAINTED_MM, PAINTED_MM, PAINTED_MM, 1.0])
     return Volume(np.ascontiguousarray(copy.hu[run]).T, affine), drawn.T
