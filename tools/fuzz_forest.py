@@ -14,6 +14,7 @@ or a geometry that was not accepted, and none of a model that was not mutated.
 
 Memory errors show in a build with sanitizers (``tools/sanitize.py``). Beside it all results are
 compared with each other, and some with a walk one node at a time; exit code 1 where they differ.
+A walk that never ends is ended by the system ("Virtual timer expired").
 An epoch depends on ``--seed`` and its number alone, and the record names the one that runs: what
 ended with an error is repeated by ``--seed S --epoch N``, and what was stopped goes on by itself.
 """
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -42,6 +44,7 @@ MUTANTS_PER_EPOCH = 200
 SLABS_PER_MUTANT = 3
 POSITIONS_PER_SLAB = 2
 MOST_NODES = 30
+MOST_SECONDS = 120  # of processor time; an epoch takes less than one
 MOST_VOXELS = 100_000  # only a damaged offset reads so far
 
 Parts = dict[str, Any]
@@ -78,6 +81,7 @@ def main() -> int:
         if given.executions and counts["executions"] >= given.executions:
             break
         _note(given.record, counts)
+        signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)  # ends the process: a walk in circles
         try:
             fuzz_epoch(counts, Chance(counts["seed"], counts["epoch"]))
         except WrongResult as wrong:

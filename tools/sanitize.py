@@ -1,7 +1,7 @@
 """Compiled kernels under sanitizers and with checked bounds, in a copy of the package.
 
-    python tools/sanitize.py fuzz --seconds 60          # address and undefined-behaviour sanitizer
-    python tools/sanitize.py fuzz --executions 10000000
+    python tools/sanitize.py fuzz --seconds 60          # the forest, as tools/fuzz_forest.py says
+    python tools/sanitize.py fuzz --executions 10000000 --record fuzz.json
     python tools/sanitize.py tests [TEST...]            # the kernels' tests under both sanitizers
     python tools/sanitize.py bounds [TEST...]           # all tests on kernels that check each index
 
@@ -34,33 +34,39 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="organfast-sanitize-") as folder:
         copy = copied(Path(folder))
         environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
         if given.what == "bounds":
             check_bounds(copy)
             build(copy, environment)
-            pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "2"]
-            return run([*pytest, "--dist", "loadfile", *(others or ["tests"])], copy, environment)
+            few = ["--numprocesses", "2", "--dist", "loadfile"]
+            return run([*pytest, *few, *(others or ["tests"])], environment, copy)
         # -O3 takes ten times as long to compile with sanitizers, and finds no more.
         setup = copy / "setup.py"
         setup.write_text(setup.read_text("utf-8").replace('"-O3"', '"-O1"'), "utf-8")
+        if given.what == "fuzz":
+            reuse_all_but_the_forest(copy)
         build(copy, {**environment, "CFLAGS": f"-g {SANITIZERS}", "LDFLAGS": SANITIZERS})
         environment |= {
             "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so"))),
-            # Python itself leaks at its end; NumPy keeps freed arrays, which hides a use after it.
+            # Python itself leaks at its end.
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-            "PYTHONMALLOC": "malloc",
         }
         if given.what == "fuzz":
-            return run(["tools/fuzz_forest.py", *others], copy, environment)
-        pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        return run([*pytest, *(others or KERNEL_TESTS)], copy, environment)
+            # What is allocated is small: wide zones around it, and what was freed stays in cache.
+            environment["ASAN_OPTIONS"] += ":redzone=256:quarantine_size_mb=16"
+            return run([str(copy / "tools" / "fuzz_forest.py"), *others], environment)
+        # Python keeps freed memory, which would hide a use after it.
+        environment["PYTHONMALLOC"] = "malloc"
+        alone = ["-x", "-p", "no:xdist", *(others or KERNEL_TESTS)]
+        return run([*pytest, *alone], environment, copy)
 
 
 def copied(folder: Path) -> Path:
     """The package, its tests and tools without anything that was built."""
     copy = folder / "organfast"
     built = shutil.ignore_patterns("*.so", "*.c", "__pycache__", "build", "*.egg-info")
-    for name in ("organfast", "tests", "tools", "benchmarks"):
+    for name in (".ci", "organfast", "tests", "tools", "benchmarks"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=built)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
         shutil.copy(REPOSITORY / name, copy / name)
@@ -76,6 +82,18 @@ def check_bounds(copy: Path) -> None:
         source.write_text(text.replace("boundscheck=False", "boundscheck=True"), "utf-8")
 
 
+def reuse_all_but_the_forest(copy: Path) -> None:
+    """Other kernels as they were built for use: half a minute of compiling instead of minutes."""
+    kernels = copy / "organfast" / "kernels"
+    for source in kernels.glob("*.pyx"):
+        if source.stem != "forest":
+            built = sorted((REPOSITORY / "organfast" / "kernels").glob(f"{source.stem}.*.so"))
+            if not built:
+                raise SystemExit("the kernels are not built; run `pip install -e .` first")
+            shutil.copy(built[0], kernels)
+            source.unlink()
+
+
 def build(copy: Path, environment: dict[str, str]) -> None:
     """Compile the kernels of the copy in place."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "2"]
@@ -88,9 +106,9 @@ def library(name: str) -> str:
     return subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(arguments: list[str], copy: Path, environment: dict[str, str]) -> int:
-    """Run Python in the copy."""
-    done = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, check=False)
+def run(arguments: list[str], environment: dict[str, str], folder: Path | None = None) -> int:
+    """Run Python on the copy, by default from where we are."""
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, check=False)
     return done.returncode
 
 
