@@ -2,7 +2,7 @@
 
     python tools/sanitize.py fuzz --seconds 60          # the forest, as tools/fuzz_forest.py says
     python tools/sanitize.py fuzz --executions 10000000 --record fuzz.json
-    python tools/sanitize.py weakened                   # would the fuzzer see a check that is wrong?
+    python tools/sanitize.py weakened                   # does the fuzzer see a check that is wrong?
     python tools/sanitize.py tests [TEST...]            # the kernels' tests under both sanitizers
     python tools/sanitize.py bounds [TEST...]           # all tests on kernels that check each index
 
