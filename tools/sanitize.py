@@ -81,9 +81,10 @@ def copied(folder: Path) -> Path:
     """The package, its tests and tools without anything that was built."""
     copy = folder / "organfast"
     built = shutil.ignore_patterns("*.so", "*.c", "__pycache__", "build", "*.egg-info")
-    for name in (".ci", "organfast", "tests", "tools", "benchmarks"):
+    for name in ("organfast", "tests", "tools", "benchmarks"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
+    texts = [path.name for path in REPOSITORY.glob("*.md")]
+    for name in (*texts, "setup.py", "pyproject.toml", "LICENSE", "Makefile"):
         shutil.copy(REPOSITORY / name, copy / name)
     return copy
 
