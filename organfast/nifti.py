@@ -691,8 +691,10 @@ def _check_affine(path: StrPath, affine: NDArray[np.float64]) -> None:
     if np.abs(affine).max() > _FARTHEST_MM:
         raise InputError(path, f"has an affine with {np.abs(affine).max():g} mm in it", remedy)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(all="ignore"):  # pivots of 1e-310
+        volume = abs(np.linalg.det(affine[:3, :3]))
     # The same bound as Volume's.
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * spacing.prod() or spacing.min() == 0:
+    if volume < 1e-6 * spacing.prod() or spacing.min() == 0:
         raise InputError(path, "has a singular affine", remedy)
     if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
         size = "×".join(f"{length:g}" for length in spacing)

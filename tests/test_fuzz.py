@@ -94,7 +94,7 @@ def test_what_is_no_answer_and_no_line_is_found(tmp_path: Path) -> None:
         raise IndexError("beyond")
 
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    try:
+    try:  # warnings are errors here as they are there
         target = readers.Target("nifti", tmp_path, tmp_path / "findings")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -371,6 +372,7 @@ class Target:
             self.one_input(seed)  # what is imported at first use does not count as a reader's
         if self.counts["accepted"] != self.counts["inputs"]:
             raise AssertionError("a file that was not changed is refused")
+        warnings.simplefilter("error")
         limit_memory()
 
     def report(self) -> int:
