@@ -4,8 +4,8 @@
     python tools/fuzz_readers.py model --seconds 300 --engine atheris
 
 A reader gives a scan, or a model, or raises ``InputError``, the one line that a user sees. Anything
-else is a finding: another exception, more than five seconds of processor time, more than a gigabyte
-of memory. Findings are written to ``--findings`` (default ``fuzz-findings``), one file each, and
+else is a finding: another exception, a warning, more than five seconds of processor time, more than
+a gigabyte of memory. Findings are written to ``--findings`` (default ``fuzz-findings``), one file each, and
 said by name; the exit code is then 1. ``python tools/fuzz_readers.py nifti FILE...`` reads such
 files again.
 
