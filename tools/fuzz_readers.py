@@ -5,9 +5,9 @@
 
 A reader gives a scan, or a model, or raises ``InputError``, the one line that a user sees. Anything
 else is a finding: another exception, a warning, more than five seconds of processor time, more than
-a gigabyte of memory. Findings are written to ``--findings`` (default ``fuzz-findings``), one file each, and
-said by name; the exit code is then 1. ``python tools/fuzz_readers.py nifti FILE...`` reads such
-files again.
+a gigabyte of memory. Findings are written to ``--findings`` (default ``fuzz-findings``), one file
+each, and said by name; the exit code is then 1. ``python tools/fuzz_readers.py nifti FILE...``
+reads such files again.
 
 Inputs are small valid files of many kinds, changed: in bytes, in the numbers of a header, cut,
 lengthened, joined, packed and unpacked; and in the JSON and the arrays of models, whose lengths are
