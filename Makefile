@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint fuzz bench clean
 
 demo: $(VENV)/user
 	$(BIN)/organfast demo -o demo
@@ -17,6 +17,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Half a minute to compile the forest's kernel with gcc's sanitizers, then so many seconds.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/dev
+	$(BIN)/python tools/sanitize.py fuzz --seconds $(FUZZ_SECONDS)
 
 # About ten minutes; fails where a ratio fell by more than a tenth since the last committed run.
 # PEERS=peers,peers-heavy times torch, jax and MONAI as well, some gigabytes to install.

@@ -1,7 +1,7 @@
 """organfast: learn organs from a few labelled CT scans, then find and segment them in new ones.
 
 Importing this package loads nothing heavy; each public name is imported when it is first used.
-Research use only: not a medical device.
+For research use only, not a medical device.
 """
 
 from __future__ import annotations

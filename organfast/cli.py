@@ -54,7 +54,7 @@ app = typer.Typer(
         "Learn organs from a few labelled CT scans, then find, locate and segment them in new ones."
         "\n\nExit codes: 0 done, 1 input that cannot be used, 2 wrong usage, 3 some scans of "
         "several failed. One line on standard error says why; --debug shows the traceback."
-        "\n\nResearch use only: not a medical device."
+        "\n\nFor research use only, not a medical device."
     ),
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -881,8 +881,10 @@ def _fault(affine: NDArray[np.float64], shape: tuple[int, int, int]) -> tuple[st
     if np.abs(affine).max() > _FARTHEST_MM:
         return f"has an affine with {np.abs(affine).max():g} mm in it", remedy
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(all="ignore"):  # pivots of 1e-310
+        volume = abs(np.linalg.det(affine[:3, :3]))
     # The same bound as Volume's.
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * spacing.prod() or spacing.min() == 0:
+    if volume < 1e-6 * spacing.prod() or spacing.min() == 0:
         return "has a singular affine", remedy
     if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
         return f"has voxels of {_by(spacing)} mm", f"{remedy} or its units"

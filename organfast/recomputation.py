@@ -157,8 +157,10 @@ def _by_network(cnn: Cnn, features: NDArray[np.int64]) -> NDArray[np.float64]:
     """Softmax of flax's own layers on one copied block after the other, float32 on the CPU."""
     import jax
 
+    from organfast.models.devices import check_not_forked
     from organfast.models.network import logits, scaled
 
+    check_not_forked()
     block = cnn.pattern
     shape = (-1, len(block.levels), block.slices, block.size, block.size)
     found = np.zeros((len(features), cnn.n_classes))

@@ -137,7 +137,8 @@ class Volume:
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise ValueError("the affine is not a finite 4x4 matrix")
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        volume = abs(np.linalg.det(affine[:3, :3]))
+        with np.errstate(all="ignore"):  # pivots of 1e-310
+            volume = abs(np.linalg.det(affine[:3, :3]))
         if lengths.min() <= 0 or volume < 1e-6 * lengths.prod():
             raise ValueError("the affine is singular: two voxel axes point the same way")
         affine.flags.writeable = False

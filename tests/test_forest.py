@@ -728,6 +728,17 @@ def test_a_position_beyond_the_slab_is_refused(axis: int, beyond: int) -> None:
         forest.probabilities(slab, positions, np.empty((5, N_CLASSES)))
 
 
+def test_a_position_beyond_an_axis_of_one_voxel_is_refused_where_all_reads_are_inside() -> None:
+    """NumPy gave the kernel another stride of that axis than the one its reads were made with."""
+    tree = np.array([(7, 0, 1), (0, 0, ~0), (0, 0, ~1)], NODE)
+    offsets = np.array([(0, 0, 0, -1)], np.int32)
+    forest = Forest(tree, np.array([0, 3]), np.empty((0, 2)), offsets, 2)
+    slab = np.zeros((1, 2, 2, 1), np.int16)[..., ::-1]
+    positions, out = np.array([(1, 1, 1)], np.int32), np.empty((1, 2))
+    with pytest.raises(ValueError, match=r"reach 0\.\.1 along j"):
+        forest.probabilities(slab, positions, out)
+
+
 def test_an_estimator_that_does_not_fit_is_refused() -> None:
     from sklearn.ensemble import RandomForestClassifier
 

@@ -163,7 +163,7 @@ def surrounding_labels(
     cdef runs_votes state
     state.pieces = &pieces[0]
     state.column_of_label = &column_of_label[0]
-    state.votes = &votes[0, 0]
+    state.votes = &votes[0, 0] if votes.shape[0] * votes.shape[1] else NULL
     state.n_columns = votes.shape[1]
     with nogil:
         runs_count_votes(&whole, first, &state)
@@ -185,8 +185,8 @@ def enclosing_labels(
     cdef Py_ssize_t row, run, plane, i
     cdef bint at_first = ends[0], at_last = ends[1]
     state.pieces = &pieces[0]
-    state.lowest = &lowest[0]
-    state.highest = &highest[0]
+    state.lowest = &lowest[0] if lowest.shape[0] else NULL
+    state.highest = &highest[0] if highest.shape[0] else NULL
     with nogil:
         runs_find_enclosing(&whole, &state)
         for row in range(whole.n_planes * n_rows):

@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 from organfast.blocks import Block
 from organfast.errors import is_whole
 from organfast.models.architecture import Architecture, architecture
-from organfast.models.devices import DEVICES, compilation_cache, find_devices
+from organfast.models.devices import (
+    DEVICES,
+    check_not_forked,
+    compilation_cache,
+    find_devices,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -208,7 +213,10 @@ class Cnn:
         ------
         ValueError
             A dtype or shape is wrong, or a position reaches beyond the slab.
+        RuntimeError
+            This process was forked after JAX had started.
         """
+        check_not_forked()
         _check_slab(slab, self.pattern)
         if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype != np.int32:
             raise ValueError(f"positions is {positions.shape} {positions.dtype}; give (n, 3) int32")
@@ -267,7 +275,10 @@ class Cnn:
         ValueError
             An argument is wrong, a position reaches beyond the slab, or dense evaluation is asked
             of a network whose blocks are standardised.
+        RuntimeError
+            This process was forked after JAX had started.
         """
+        check_not_forked()
         _check_slab(slab, self.pattern)
         if not all(is_whole(s, 1) for s in stride) or len(stride) != 2:
             raise ValueError(f"stride is {stride!r}; give two numbers of at least 1")

@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["DEVICES", "compilation_cache", "find_devices"]
+__all__ = ["DEVICES", "check_not_forked", "compilation_cache", "find_devices"]
 
 DEVICES = ("auto", "cpu", "gpu")
 _LEAST_SECONDS = 0.2
+
+
+class _Process:
+    """Whether JAX has threads here, and whether it had some where this process was forked off:
+    they hold locks that nobody here will ever release."""
+
+    has_started = False
+    lost_threads = False
+
+
+def _after_fork() -> None:
+    # JAX does not tell in public whether it has started; it may have been by others than us.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if _Process.has_started or getattr(bridge, "_backends", None):
+        _Process.lost_threads = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_not_forked() -> None:
+    """To be called before anything runs by JAX, which would wait forever in a forked child.
+
+    Raises
+    ------
+    RuntimeError
+        This process was forked after JAX had started in its parent.
+    """
+    if _Process.lost_threads:
+        raise RuntimeError(
+            "this process was forked after JAX had started in its parent, and would wait forever "
+            "for threads that only the parent has; start it by multiprocessing's spawn or "
+            "forkserver, or fork before the first network runs"
+        )
+    _Process.has_started = True
 
 
 def find_devices(device: str) -> list[jax.Device]:
@@ -28,9 +64,12 @@ def find_devices(device: str) -> list[jax.Device]:
     ------
     ValueError
         The kind is unknown, or there is no GPU.
+    RuntimeError
+        See ``check_not_forked``.
     """
     import jax
 
+    check_not_forked()
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is unknown; use {', '.join(DEVICES)}")
     if device == "auto":

@@ -330,7 +330,9 @@ def stablehlo_file(cnn: Cnn) -> bytes:
     except ImportError:
         raise _missing("stablehlo", "JAX and flatbuffers") from None
     from organfast.models.dense import Inputs, block_probabilities
+    from organfast.models.devices import check_not_forked
 
+    check_not_forked()
     inputs = Inputs(cnn.architecture, cnn.pattern, cnn.window, cnn.standardise, cnn.precision)
     is_of = (cnn.merge[:, None] == np.arange(cnn.n_classes)).astype(np.float32)
     params = dict(cnn.params)

@@ -351,7 +351,12 @@ class Forest:
         """About how many nodes a position visits: what it would in balanced trees."""
         return float(np.log2((np.diff(self.tree_starts) + 1) / 2).sum())
 
-    def _walk(self, slab: NDArray[np.int16], positions: NDArray[np.int32]) -> dict[str, Any]:
+    def _walk(
+        self,
+        slab: NDArray[np.int16],
+        positions: NDArray[np.int32],
+        scratch: NDArray[np.uint8] | None = None,
+    ) -> dict[str, Any]:
         """What both kernels take: trees, where they read in this slab, and scratch."""
         # Bytes from a position to each feature's voxel, in this slab's geometry.
         reads = (self.offsets.astype(np.intp) * slab.strides).sum(axis=1)
@@ -365,7 +370,7 @@ class Forest:
             "reads": reads,
             "positions": positions,
             "staged": _lines(self.n_features if is_far else 0, kernel.TILE),
-            "scratch": np.empty(kernel.WALK_BYTES, np.uint8),
+            "scratch": np.empty(kernel.WALK_BYTES, np.uint8) if scratch is None else scratch,
             "sums": np.empty((kernel.TILE if is_far else n_chunk, self.n_classes)),
         }
 
@@ -383,8 +388,10 @@ class Forest:
             )
         for axis, name in enumerate("kij", start=1):
             column = positions[:, axis - 1]
-            low = int(column.min()) + int(least[axis])
-            high = int(column.max()) + int(greatest[axis])
+            # The positions themselves, too: of an axis of one voxel NumPy tells the kernel another
+            # stride than us, and index 0 alone is the same place by both.
+            low = int(column.min()) + min(0, int(least[axis]))
+            high = int(column.max()) + max(0, int(greatest[axis]))
             if low < 0 or high >= slab.shape[axis]:
                 raise ValueError(
                     f"positions reach {low}..{high} along {name}, the slab has 0.."

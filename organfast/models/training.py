@@ -58,7 +58,7 @@ from organfast.models.block_augmentation import (
 from organfast.models.checkpoints import Checkpoints
 from organfast.models.cnn import PRECISIONS, Cnn
 from organfast.models.device_volumes import DeviceVolumes, Room, blocks_at, put
-from organfast.models.devices import DEVICES, compilation_cache
+from organfast.models.devices import DEVICES, check_not_forked, compilation_cache
 from organfast.models.examples import Examples, TrainingCase, TrainingData, drawn
 from organfast.models.network import (
     Params,
@@ -357,7 +357,10 @@ def train_network(
         the devices, or an option needs what is not there.
     FloatingPointError
         The loss is no number any more.
+    RuntimeError
+        This process was forked after JAX had started.
     """
+    check_not_forked()
     settings, outputs = settings or TrainingSettings(), outputs or TrainingOutputs()
     compilation_cache()
     mesh = _mesh(settings)
