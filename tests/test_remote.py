@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,21 +258,29 @@ def test_ended_after_any_write_it_goes_on(
 
 
 def test_processes_of_this_machine_read_and_write_urls(
-    archive: Path, whole: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    archive: Path,
+    whole: Path,
+    model_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Through the command line, with the model by its URL, a bad scan, and gone on with."""
     shutil.copytree(archive, tmp_path / "in")
     (tmp_path / "in" / "q.nii").write_bytes(b"no scan")
     url, out = f"file://{tmp_path}/in", f"file://{tmp_path}/out"
     command = ["segment", "-i", url, "-o", out, "-m", f"file://{model_file}", "--no-preview"]
-    temporary = set(os.listdir("/tmp"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", None)
     assert run(command) == 3
     told = capsys.readouterr()
     errors = [line for line in told.err.splitlines() if "warning" not in line]
     assert len(errors) == 1
     assert errors[0].startswith(f"organfast: {url}/q.nii: ")
     assert f"4 scans done, 1 failed -> {out}/batch.jsonl" in told.out
-    assert not {n for n in set(os.listdir("/tmp")) - temporary if n.startswith("organfast-")}
+    assert list(scratch.glob("organfast-*")) == []
     shutil.copy(archive / "q.nii", tmp_path / "in" / "q.nii")
     assert run(command) == 0
     assert "5 scans done (4 by an earlier run)" in capsys.readouterr().out
