@@ -155,7 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks per class and copy")
-    parser.add_argument("--context-factor", type=int, default=3, help="as of `organfast train`")
+    parser.add_argument("--context-factor", type=int, default=12, help="see `organfast train`")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

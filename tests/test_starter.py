@@ -1,0 +1,71 @@
+"""The starter model: what it is and says of itself, and that it finds organs where they are."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from organfast.anatomy import ClassTable
+from organfast.cli import run
+from organfast.layouts import case_labels, find_cases
+from organfast.metrics import dice_per_class
+from organfast.models.classifier import load_model
+from organfast.nifti import read_scan
+from organfast.pipeline import segment
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+NOT_LEARNED = {"body_envelope", "rectus_abdominis_right", "rectus_abdominis_left"}
+
+
+def test_it_is_small_and_says_what_it_is() -> None:
+    path = Path(str(resources.files("organfast"))) / "data" / "starter.organfast"
+    assert path.stat().st_size < 10e6
+    model = load_model("starter")
+    assert set(model.classes.names) == set(ClassTable.default().names) - NOT_LEARNED
+    card = model.training["card"]
+    assert card["use"] == "research only, not a medical device"
+    assert "CC BY 4.0" in card["learned_from"][0]
+    held_out = card["held_out"]
+    assert set(held_out) >= {"chest, scan", "abdomen, scan"}
+    assert all(0 < row["dice"]["liver"] < 1 for row in held_out.values() if "liver" in row["dice"])
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("starter").write_bytes(b"nothing")
+    assert load_model("starter").kind == "cnn"
+    with pytest.raises(Exception, match="not an organfast model"):
+        load_model("./starter")
+
+
+def test_without_a_model_a_scan_is_segmented_and_told_by_what(
+    scan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(["segment", "-i", str(scan_file), "-o", str(out), "--no-preview"]) == 0
+    told = capsys.readouterr().err
+    assert "this is the starter model: 18 structures" in told
+    assert "for research only" in told
+    assert json.loads((out / "run.json").read_text())["model"] == load_model("starter").digest
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the public pool lies beside a checkout")
+@pytest.mark.parametrize("name", ["chest", "abdomen"])
+def test_organs_of_the_pool_are_where_they_are(name: str) -> None:
+    """On what it has learned from: that sides, orders and grids are right; it is no score."""
+    case = next(c for c in find_cases(DATA / "labelled").cases if c.name == name)
+    model = load_model("starter")
+    scan = read_scan(case.image)
+    truth = case_labels(case, model.classes, scan.volume).labels
+    n = len(model.classes)
+    found = segment(scan, model, threads=2)
+    dice = dice_per_class(np.minimum(truth, n), found.labels, n + 1)
+    large = ("liver", "spleen", "lung_right", "lung_left", "kidney_right", "kidney_left")
+    in_view = [
+        o for o in large if (truth == model.classes.index(o)).sum() * scan.volume.voxel_ml > 50
+    ]
+    assert {o: d for o in in_view if (d := float(dice[model.classes.index(o)])) < 0.7} == {}
