@@ -462,7 +462,8 @@ def test_a_scan_too_large_for_the_memory_allowed_is_refused_in_words(
     outcomes = batch(scans, out, model_file, BatchPlan(workers=2, max_memory_gb=2))
     assert statuses(outcomes) == {"a.nii.gz": "segmented", "huge.nii": "failed"}
     refused = str(lines(out)[1]["error"])
-    assert refused.startswith("needs about 4.5 GB of memory beside the program"), refused
+    # Labels and confidence: the voxels of a mapped file are the system's to hold or drop.
+    assert refused.startswith("needs about 2.2 GB of memory beside the program"), refused
     assert "the 2 GB allowed" in refused
     assert not (out / "huge").exists()
     single = ["segment", "-i", scans / "huge.nii", "-o", tmp_path / "one", "-m", model_file]
