@@ -233,7 +233,7 @@ def test_killed_at_any_instant_it_goes_on(
             (work / "segmentation.nii.gz").write_bytes(b"half")
     assert left == sorted(left)
     process = command(*arguments)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert tree(out) == tree(whole)
 

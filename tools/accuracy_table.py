@@ -1,4 +1,6 @@
-"""Write the README's tables of accuracy from the committed results of ``benchmarks/accuracy.py``.
+"""Write the README's tables of accuracy from the committed results.
+
+Those of ``benchmarks/accuracy.py``, and those of ``tools/train_starter.py --without``.
 
     python tools/accuracy_table.py
 
@@ -15,6 +17,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "accuracy.json"
+STARTER = REPOSITORY / "benchmarks" / "results" / "starter.json"
 README = REPOSITORY / "README.md"
 GROUPS = {"phantoms": "phantoms", "chest -> abdomen": "chest → abdomen"}
 GROUPS["abdomen -> chest"] = "abdomen → chest"
@@ -117,9 +120,41 @@ def with_tables(readme: str, results: Mapping[str, Any]) -> str:
     return readme
 
 
+def starter_table(results: Mapping[str, Any]) -> str:
+    """Markdown: a line per structure, Dice and centre error per anatomy that was left out.
+
+    Parameters
+    ----------
+    results : mapping
+        What was left out and judged -> scores, as ``tools/train_starter.py`` keeps them.
+    """
+    heads = [
+        f"{name}, **{row['n_patients']} {'patients' if row['n_patients'] > 1 else 'patient'}**"
+        for name, row in results.items()
+    ]
+    lines = [f"| left out and judged | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    organs = dict.fromkeys(organ for row in results.values() for organ in row["dice"])
+    for organ in organs:
+        cells = [_starter_cell(row, organ) for row in results.values()]
+        lines.append(f"| {organ} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _starter_cell(row: Mapping[str, Any], organ: str) -> str:
+    """Dice · centre error; an organ that is not in view has neither, unless it was reported."""
+    if organ not in row["dice"]:
+        return "-"
+    centre = row["centroid_mm"].get(organ)
+    if centre is None:
+        return "not found, or not there"
+    return f"{_dice(row['dice'][organ])} · {centre:.0f} mm"
+
+
 if __name__ == "__main__":
     try:
         text = with_tables(README.read_text("utf-8"), json.loads(RESULTS.read_text("utf-8")))
+        starter = starter_table(json.loads(STARTER.read_text("utf-8")))
+        text = with_table(text, "starter", starter)
     except ValueError as error:
         sys.exit(f"accuracy_table: {error}")
     README.write_text(text, encoding="utf-8")

@@ -167,20 +167,22 @@ def _arguments() -> argparse.Namespace:
 
 def judge(model: Model, given: argparse.Namespace, cases: Path, minutes: float) -> None:
     """Keep how well a model does on what it was trained without: the scan, and painted copies."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    judged = {}
     asked = {"painted": (cases, [f"{given.without}-painted-{n:03d}" for n in range(3)])}
     if given.without in SCANS:
         asked["scan"] = (given.data / "labelled", [given.without])
     for kind, (folder, patients) in asked.items():
         found = evaluate(model, folder, patients=patients, threads=2)
         key = f"{given.without}, {kind}" + (", learned from painted copies alone" * given.no_scans)
-        results[key] = {
+        judged[key] = {
             "n_patients": len(found.patients),
             "steps": given.steps,
             "minutes": round(minutes, 1),
             **{score: _by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")},
         }
-        print(key, json.dumps(results[key]), flush=True)
+        print(key, json.dumps(judged[key]), flush=True)
+    # Read only now: another anatomy may have been judged meanwhile.
+    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | judged
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
