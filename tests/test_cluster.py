@@ -266,7 +266,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(
     process = command(*arguments(archive, out, model_file, two_workers.scheduler_address))
     wait_for(out / ".batch" / "locks" / key_of(NAMES[0]))
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     # It may just have ended.
     assert process.returncode in (0, 1), errors
     if process.returncode == 1:
