@@ -1,11 +1,15 @@
-"""The one pool of threads that a piece of work is shared among."""
+"""The one pool of threads that a piece of work is shared among; and what a fork must not leave."""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 __all__ = ["Workers"]
 
@@ -52,3 +56,21 @@ class Workers(ThreadPoolExecutor):
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _free_cached_properties() -> None:
+    """Locks of Python 3.11's cached properties, which another thread may have held at the fork.
+
+    Without this a child that was forked while threads segment waits for a thread that it has not.
+    From 3.12 on cached properties have no lock.
+    """
+    ours = (m for name, m in list(sys.modules.items()) if name.partition(".")[0] == "organfast")
+    for kind in (k for module in ours for k in list(vars(module).values()) if isinstance(k, type)):
+        for value in vars(kind).values():
+            if isinstance(value, cached_property) and hasattr(value, "lock"):
+                lazy: Any = value
+                lazy.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_cached_properties)

@@ -1191,9 +1191,10 @@ def test_a_bad_model_is_one_line(
 
 
 def test_a_model_that_is_not_there(cli: Command, small: Path, tmp_path: Path) -> None:
-    for model in (tmp_path / "absent.organfast", tmp_path):
+    absent = tmp_path / "absent.organfast"
+    for model, problem in ((absent, "cannot be read"), (tmp_path, "is a folder, not a model")):
         ran = cli("segment", "-i", small, "-o", tmp_path / "out", "-m", model)
-        assert_names(ran, model, "cannot be read")
+        assert_names(ran, model, problem)
     assert_names(cli("info", tmp_path / "absent"), tmp_path / "absent", "cannot be read")
 
 

@@ -259,8 +259,8 @@ def test_files_that_are_no_model_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is not an organfast model") as error:
             load_model(path)
         assert error.value.path == str(path)
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(InputError, match="cannot be read"):
+    for path, problem in ((tmp_path / "absent", "cannot be read"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=problem):
             load_model(path)
 
 

@@ -702,7 +702,7 @@ def test_an_absurd_spacing_is_the_scan_s_fault_and_stops_only_it(
     mixed = [huge, files[0]]
     assert len(list(segment_many(mixed, models["working"], on_error=reasons.append))) == 1
     assert [error.path for error in reasons] == [str(huge)]
-    assert "check the spacing" in str(reasons[0])
+    assert "mm large, as no patient is; correct its sform" in str(reasons[0])
 
 
 def test_one_path_is_not_many_scans(native: Model, files: list[Path]) -> None:

@@ -68,4 +68,4 @@ def test_organs_of_the_pool_are_where_they_are(name: str) -> None:
     in_view = [
         o for o in large if (truth == model.classes.index(o)).sum() * scan.volume.voxel_ml > 50
     ]
-    assert {o: d for o in in_view if (d := float(dice[model.classes.index(o)])) < 0.7} == {}
+    assert {o: d for o in in_view if (d := float(dice[model.classes.index(o)])) < 0.6} == {}
