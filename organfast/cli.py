@@ -559,12 +559,12 @@ def locate(
     as_json: AsJson = False,
 ) -> None:
     """Say where each organ is, from half as many positions as segmenting, or by a preset."""
-    from organfast.models.classifier import load_model
+    from organfast.batchworker import loaded as load
     from organfast.organs import organs_json
     from organfast.pipeline import Settings, half_as_dense
     from organfast.pipeline import segment as find
 
-    loaded = _on_device(load_model(model), device)
+    loaded = load(model, device)
     _introduce_starter(model, loaded)
     asked = (_stride(stride), None, None, trees)
     settings = _with_shortcuts(Settings(), asked, preset, (model, loaded))
@@ -796,6 +796,7 @@ def evaluate(
     Give one of --model, --folds, --leave-one-out and --split. Intervals are bootstrapped over
     patients. An organ that a case does not annotate is not scored there.
     """
+    from organfast.batchworker import loaded as load
     from organfast.blocks import Block
     from organfast.evaluation import (
         Scoring,
@@ -807,7 +808,6 @@ def evaluate(
     from organfast.grid import ModelGrid
     from organfast.layouts import find_cases
     from organfast.learning import Recipe
-    from organfast.models.classifier import load_model
     from organfast.models.forest import ForestSettings
     from organfast.scorebook import compare
     from organfast.sweep import model_curve
@@ -837,7 +837,7 @@ def evaluate(
             tested = None if splits is None else {p for s in splits for p in s.test}
 
             def judged(path: Path) -> Evaluation:
-                loaded = _on_device(load_model(path), device)
+                loaded = load(path, device)
                 return score(
                     loaded, found, scoring, tested, out, threads=threads, progress=progress
                 )
@@ -845,7 +845,7 @@ def evaluate(
             evaluation = judged(model)
             other = None if against is None else judged(against)
             if curve:
-                loaded = _on_device(load_model(model), device)
+                loaded = load(model, device)
                 swept = model_curve(
                     loaded, found, sweep, tested, out, threads=threads, progress=progress
                 )
@@ -1091,19 +1091,6 @@ def _network(
     options = {"seed": seed, "device": device} | ({} if steps is None else {"steps": steps})
     settings, outputs = training_settings(options, architecture, checkpoints=resume, log=log)
     return NetworkRecipe(architecture, standardise=standardise, training=settings, outputs=outputs)
-
-
-def _on_device(model: Model, device: str) -> Model:
-    """A model whose network runs on a device; a forest runs on the CPU in any case."""
-    from organfast.models.cnn import Cnn
-    from organfast.models.devices import find_devices
-
-    if not isinstance(model.classifier, Cnn):
-        if device == "gpu":
-            raise ValueError("the model is a forest, which runs on the CPU; leave --device")
-        return model
-    find_devices(device)
-    return replace(model, classifier=replace(model.classifier, device=device))
 
 
 def _refine(coarse_to_fine: bool | None, margin: float | None) -> Refine | None:

@@ -72,5 +72,4 @@ def _free_cached_properties() -> None:
                 lazy.lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_cached_properties)
+os.register_at_fork(after_in_child=_free_cached_properties)
