@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Self
 
 import nibabel as nib
 
@@ -26,6 +28,25 @@ def write_archive(cohort_folder: Path, folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         nib.save(part, folder / name)
     return folder
+
+
+class Meanwhile:
+    """What runs in a thread of its own while a block does; it ends with the block."""
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over.set()
+        self.thread.join()
 
 
 def statuses(outcomes: list[Outcome]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: a small phantom cohort and a model learned from it."""
+"""What test modules share: a phantom cohort, a model learned from it, a batch segmented by it."""
 
 from __future__ import annotations
 
@@ -53,3 +53,24 @@ def model_file(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("model") / "phantom.organfast"
     save_model(train(cohort_folder, Block(9, levels=(1, 3)), recipe, threads=2), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def archive(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five crops of phantom patients in folders of different depth: to read, not to write to."""
+    from batches import write_archive
+
+    return write_archive(cohort_folder, tmp_path_factory.mktemp("batch") / "archive")
+
+
+@pytest.fixture(scope="session")
+def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted run of this process leaves: to read, not to write to."""
+    from batches import BARE, NAMES
+
+    from organfast.batch import segment_batch
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    outcomes = list(segment_batch(archive, out, model_file, None, BARE, threads=2))
+    assert [o.status for o in outcomes] == ["segmented"] * len(NAMES)
+    return out

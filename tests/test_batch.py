@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,13 +22,13 @@ import pytest
 from batches import (
     BARE,
     NAMES,
+    Meanwhile,
     command,
     is_held,
     lines,
     statuses,
     tree,
     wait_for,
-    write_archive,
 )
 
 import organfast as of
@@ -45,25 +44,10 @@ from organfast.models.classifier import load_model, save_model
 from organfast.nifti import write_volume
 
 
-@pytest.fixture(scope="module")
-def archive(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five crops of phantom patients in folders of different depth: to read, not to write to."""
-    return write_archive(cohort_folder, tmp_path_factory.mktemp("batch") / "archive")
-
-
 @pytest.fixture
 def copied(archive: Path, tmp_path: Path) -> Path:
     """The archive, to be changed."""
     return Path(shutil.copytree(archive, tmp_path / "copied"))
-
-
-@pytest.fixture(scope="module")
-def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run leaves."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    outcomes = batch(archive, out, model_file)
-    assert [o.status for o in outcomes] == ["segmented"] * len(NAMES)
-    return out
 
 
 def batch(scans: object, out: Path, model: Path, plan: BatchPlan | None = None) -> list[Outcome]:
@@ -286,15 +270,13 @@ def workers_of_this_process() -> list[int]:
     return found
 
 
-class Killer:
+class Killer(Meanwhile):
     """Kills the workers of this process whenever a scan is in work."""
 
     def __init__(self, out: Path, name: str, times: int) -> None:
-        self.work = out / ".batch" / "work" / key_of(name)
+        super().__init__()
         self.times, self.killed = times, 0
         self.lock = out / ".batch" / "locks" / key_of(name)
-        self.is_over = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
     def run(self) -> None:
         while not self.is_over.is_set() and self.killed < self.times:
@@ -308,14 +290,6 @@ class Killer:
 
     def is_held(self) -> bool:
         return is_held(self.lock)
-
-    def __enter__(self) -> Killer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.is_over.set()
-        self.thread.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed by /proc")

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +15,17 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from batches import BARE, NAMES, command, is_held, lines, statuses, tree, wait_for, write_archive
+from batches import (
+    BARE,
+    NAMES,
+    Meanwhile,
+    command,
+    is_held,
+    lines,
+    statuses,
+    tree,
+    wait_for,
+)
 
 pytest.importorskip("distributed")
 
@@ -46,19 +55,6 @@ def no_test_hangs() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, earlier)
-
-
-@pytest.fixture(scope="module")
-def archive(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_archive(cohort_folder, tmp_path_factory.mktemp("cluster") / "archive")
-
-
-@pytest.fixture(scope="module")
-def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a process of this machine leaves."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    list(segment_batch(archive, out, model_file, None, BARE))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +90,14 @@ def arguments(scans: Path, out: Path, model: Path, scheduler: object) -> list[st
     return ["segment", *map(str, options)]
 
 
-class Killer:
+class Killer(Meanwhile):
     """Kills the worker that works on a scan, so many times."""
 
     def __init__(self, out: Path, name: str, times: int) -> None:
+        super().__init__()
         self.lock = out / ".batch" / "locks" / key_of(name)
         self.times = times
         self.killed: set[int] = set()
-        self.is_over = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
     def run(self) -> None:
         while not self.is_over.is_set() and len(self.killed) < self.times:
@@ -116,14 +111,6 @@ class Killer:
         inode = self.lock.stat().st_ino
         rows = (row.split() for row in Path("/proc/locks").read_text().splitlines())
         return {int(row[4]) for row in rows if int(row[5].rpartition(":")[2]) == inode}
-
-    def __enter__(self) -> Killer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.is_over.set()
-        self.thread.join()
 
 
 # --- what a run leaves ----------------------------------------------------------------------------

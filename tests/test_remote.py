@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import BARE, NAMES, lines, statuses, tree, write_archive
+from batches import BARE, NAMES, lines, statuses, tree
 
 pytest.importorskip("fsspec")
 
@@ -78,19 +78,6 @@ def clear() -> Iterator[None]:
     Unsteady.writes_left, Unsteady.reads_to_fail = 10**6, []
     yield
     MemoryFileSystem.store.clear()
-
-
-@pytest.fixture(scope="module")
-def archive(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_archive(cohort_folder, tmp_path_factory.mktemp("remote") / "archive")
-
-
-@pytest.fixture(scope="module")
-def whole(archive: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run in a folder leaves."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    list(segment_batch(archive, out, model_file, None, BARE))
-    return out
 
 
 @pytest.fixture(scope="module")
