@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -93,6 +94,13 @@ class Sampling:
     guided_share : float
         Share of each class's positions that the guide draws; the others are drawn evenly, so that
         the new model does not forget what the guide knows.
+    least_share : float or None
+        Each class, and each structure beside them, is drawn in proportion to its voxels inside the
+        body, but at least this share as often as the most frequent of them; ``n_per_class`` is then
+        what the rarest get, and ``context_factor`` and ``n_per_nuisance`` say nothing. A
+        probability is then how often a voxel of a scan is of the class, and not, as of classes
+        drawn alike, many times as much for a small organ: organs are no longer drawn too large.
+        None draws classes alike.
 
     Raises
     ------
@@ -104,6 +112,7 @@ class Sampling:
     n_per_nuisance: int | None = None
     guide: Model | None = None
     guided_share: float = 0.5
+    least_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.n_per_nuisance is not None and not is_whole(self.n_per_nuisance, 1):
@@ -112,6 +121,38 @@ class Sampling:
             )
         if not 0 <= self.guided_share <= 1:
             raise ValueError(f"guided_share is {self.guided_share!r}; give a share from 0 to 1")
+        if self.least_share is not None and not 0.001 <= self.least_share <= 1:
+            raise ValueError(
+                f"least_share is {self.least_share!r}; give a share from 0.001 to 1, or None"
+            )
+
+    def in_proportion(self, counts: NDArray[np.int64], n_least: int) -> list[int]:
+        """Positions of each label when they are drawn in proportion to its voxels.
+
+        Parameters
+        ----------
+        counts : (n_labels,) int64
+            Voxels of each; the background's, outside the body, count for nothing.
+        n_least : int
+            Positions of the rarest.
+        """
+        share = counts / max(counts[BACKGROUND + 1 :].max(initial=0), 1)
+        share[BACKGROUND] = 0
+        least = self.least_share or 1.0
+        n_of_each = np.rint(n_least / least * np.maximum(share, least))
+        return [int(n) for n in n_of_each]
+
+    def most_examples(self, n_of_each: Sequence[int]) -> int:
+        """About the most positions of one version of a case, by what :meth:`Recipe.n_of_each` says.
+
+        Parameters
+        ----------
+        n_of_each : sequence of int
+            Positions of each label, or of the rarest.
+        """
+        # In proportion: the most frequent, about half of a body, and all others as much again.
+        common = 0.0 if self.least_share is None else 2 * min(n_of_each) / self.least_share
+        return sum(n_of_each) + math.ceil(common)
 
     def check(self, classes: ClassTable, grid: ModelGrid) -> None:
         """Raise ValueError when the guide knows other classes or works on another grid.
@@ -145,6 +186,7 @@ class Sampling:
             "n_per_nuisance": self.n_per_nuisance,
             "guide": None if self.guide is None else self.guide.digest,
             "guided_share": None if self.guide is None else self.guided_share,
+            "least_share": self.least_share,
         }
 
 
@@ -235,6 +277,8 @@ class Recipe:
     def n_of_each(self, classes: ClassTable, n_nuisance: int, n_patients: int) -> list[int]:
         """Most training positions of each class and of each structure that is drawn by itself.
 
+        Drawn in proportion to their voxels, this is what the rarest get.
+
         Parameters
         ----------
         classes : ClassTable
@@ -244,6 +288,8 @@ class Recipe:
         n_patients : int
             Patients who train.
         """
+        if self.sampling.least_share is not None:
+            return [self.n_per_class] * (len(classes) + n_nuisance)
         usual = 1 if n_patients == 1 else 3
         factor = usual if self.context_factor is None else self.context_factor
         roles = (s.role for s in classes.structures)
@@ -504,7 +550,8 @@ def _learned_forest(
 ) -> tuple[Forest, dict[str, Any]]:
     recipe, fine, cases = source.recipe, source.fine, source.cases_of(split.train)
     n_parts = recipe.n_versions * len(cases)
-    recipe.check_memory(sum(source.n_of_each(cases)) * n_parts, pattern.n_features, n_parts)
+    n_examples = recipe.sampling.most_examples(source.n_of_each(cases))
+    recipe.check_memory(n_examples * n_parts, pattern.n_features, n_parts)
     features: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
 
@@ -543,8 +590,9 @@ def _learned_network(
 
     record = source.draw(cases, take)
     held_out = [_judged_case(source, case) for case in source.cases_of(split.validation)]
-    n_of_each = source.n_of_each(cases)
-    factor = n_of_each[BACKGROUND] / recipe.n_per_class
+    factor: float | None = source.n_of_each(cases)[BACKGROUND] / recipe.n_per_class
+    if recipe.sampling.least_share is not None:
+        factor = None
     classifier, of_network = learned_network(
         train,
         [case for case in held_out if len(case.labels)],
@@ -577,7 +625,11 @@ class _Version:
         self, fine: _Fine, n_of_each: Sequence[int], sampling: Sampling, threads: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Positions, and the label that is to be learned of each."""
-        labels, by_itself = self.scan.labels, sampling.n_per_nuisance is not None
+        labels = self.scan.labels
+        by_itself = sampling.n_per_nuisance is not None or sampling.least_share is not None
+        if sampling.least_share is not None:
+            counts = np.bincount(labels.ravel(), minlength=len(n_of_each))[: len(n_of_each)]
+            n_of_each = sampling.in_proportion(counts, min(n_of_each))
         positions, drawn = sample_positions(
             labels if by_itself else fine.merged(labels),
             dict(enumerate(n_of_each)),

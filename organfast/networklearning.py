@@ -175,7 +175,7 @@ class DrawnCase:
 def learned_network(
     train: Sequence[DrawnCase],
     validation: Sequence[DrawnCase],
-    labels: tuple[ClassTable, Mapping[str, int], float],
+    labels: tuple[ClassTable, Mapping[str, int], float | None],
     recipe: tuple[NetworkRecipe, ModelGrid, Block],
     *,
     progress: Progress,
@@ -188,9 +188,9 @@ def learned_network(
         What it learns from.
     validation : sequence of DrawnCase
         Other patients, on whom it is decided when to stop; may be empty.
-    labels : (ClassTable, mapping of str to int, float)
+    labels : (ClassTable, mapping of str to int, float or None)
         The classes, the class of each structure that is told apart beside them, and how often the
-        context classes are drawn for each time that an organ is.
+        context classes are drawn for each time that an organ is; None draws all positions alike.
     recipe : (NetworkRecipe, ModelGrid, Block)
         What to learn, on which grid, from which block.
     progress : callable
@@ -205,17 +205,23 @@ def learned_network(
         from organfast.models.examples import TrainingCase, TrainingData
         from organfast.models.training import NetworkPlan, train_network
     (classes, beside, context_factor), (network, grid, pattern) = labels, recipe
-    weights = [context_factor if s.role == "context" else 1.0 for s in classes.structures]
     learned, judged = (
         [TrainingCase(c.patient, c.grid_volume, c.positions, c.labels) for c in cases]
         for cases in (train, validation)
     )
+    merge = np.array([*range(len(classes)), *beside.values()], np.int64)
+    if context_factor is None:
+        drawn = merge[np.concatenate([c.labels for c in learned])]
+        weights = np.bincount(drawn, minlength=len(classes)).astype(float).tolist()
+    else:
+        weights = [context_factor if s.role == "context" else 1.0 for s in classes.structures]
     data = TrainingData(
         learned,
         judged,
         n_classes=len(classes),
-        merge=np.array([*range(len(classes)), *beside.values()], np.int64),
+        merge=merge,
         class_weights=weights,
+        patients_alike=context_factor is not None,
         partners=mirror_partners(classes, tuple(beside)),
     )
     plan = NetworkPlan(

@@ -123,11 +123,10 @@ def main() -> int:
     recipe = Recipe(
         grid=GRID,
         n_per_class=given.n_per_class,
-        context_factor=given.context_factor,
         network=NetworkRecipe(training=settings, outputs=outputs),
         classes=starter_classes(),
         split=Split(train=tuple(wanted), validation=(), test=()),
-        sampling=Sampling(n_per_nuisance=given.n_per_class),
+        sampling=Sampling(least_share=given.least_share),
         seed=given.seed,
         calibration=None,
     )
@@ -154,8 +153,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--altered", type=int, default=12, help="altered copies of each scan")
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
-    parser.add_argument("--n-per-class", type=int, default=400, help="blocks per class and copy")
-    parser.add_argument("--context-factor", type=int, default=12, help="see `organfast train`")
+    parser.add_argument("--n-per-class", type=int, default=400, help="blocks of the rarest, a copy")
+    parser.add_argument("--least-share", type=float, default=0.02, help="see `Sampling`")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

@@ -90,6 +90,9 @@ class TrainingData:
         its own label.
     class_weights : sequence of float, optional
         How often each class is drawn, relative to the others; by default all alike.
+    patients_alike : bool
+        Draw each patient who has a class as often for it, however few positions there are of it;
+        else each position as often.
     partners : sequence of int, optional
         Label of the other side of each label, itself where there is but one; negative where the
         other side is no label. Needed only where blocks are mirrored.
@@ -106,6 +109,7 @@ class TrainingData:
     n_classes: int
     merge: NDArray[np.integer] | None = None
     class_weights: Sequence[float] | None = None
+    patients_alike: bool = True
     partners: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -185,6 +189,8 @@ class TrainingData:
                 found.update(np.ascontiguousarray(case.labels, "<i8").data)
         rest = (self.class_of.tolist(), self.weights.tolist(), self.partners and [*self.partners])
         found.update(repr(rest).encode())
+        if not self.patients_alike:
+            found.update(b"positions alike")
         return found.hexdigest()
 
 
@@ -245,8 +251,9 @@ class Examples:
         group = classes[order] * len(everyone) + patients[order]
         groups, starts, counts = np.unique(group, return_index=True, return_counts=True)
         of_class = groups // len(everyone)
-        n_patients = np.bincount(of_class, minlength=data.n_classes)
-        weights = data.weights[of_class] / n_patients[of_class]
+        share = np.ones(len(groups)) if data.patients_alike else counts.astype(float)
+        total = np.bincount(of_class, share, minlength=data.n_classes)
+        weights = data.weights[of_class] * share / total[of_class]
         edges = np.cumsum(weights) / weights.sum()
         cases = np.concatenate([np.full(len(c.labels), n) for n, c in enumerate(data.train)])
         positions = np.concatenate([case.positions for case in data.train])

@@ -1,0 +1,339 @@
+"""After the classifier: what the organs of *this* scan look like corrects what it said of them.
+
+::
+
+    block grid, whole scan    p --(where p is sure: the class's core)--> histogram of its HU
+    model grid, a few slices  p --(enlarged)--(times how likely the voxel's HU is in each class)-->
+                                --(guided by the scan's edges)--> p at every voxel of the grid
+
+A classifier knows an organ's place and its usual brightness; a patient's liver, in this phase and
+after this disease, has one brightness of its own. The median and the spread of an organ's confident
+core reweight the posteriors; here the whole histogram does, for lungs and bowel have no middle.
+A wrong core would lose the organ, so a class with a small core abstains: its voxels are then as
+likely as those of the context class, and stay what the classifier made of them. The guided filter
+(He, Sun and Tang 2013, IEEE TPAMI 35 (6), section 3.1) smooths within tissue and keeps edges: in
+boxes whose HU vary, a probability becomes a linear function of the HU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d, uniform_filter
+
+from organfast.anatomy import ClassTable
+from organfast.errors import is_whole
+from organfast.grid import BlockGrid, GridVolume
+from organfast.probability import AxisWeights, Slab, axis_weights
+from organfast.workers import Workers
+
+__all__ = ["Adapt", "Adaptation", "adapted_slabs"]
+
+_BACKGROUND = 0
+_UNITS_PER_HU = {"identity": 1, "piecewise": 8}  # of soft tissue
+_BIN_HU = 3
+_N_BINS = 512
+_BANDWIDTH = 2.0  # bins
+_UNSEEN = 0.02
+"""Share of a class's voxels whose HU its core does not tell: they may have any."""
+_LEAST_P = 0.01
+"""What is less probable at all positions around is not computed."""
+_N_SLICES = 16
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """How a scan's own organs correct the classifier.
+
+    Parameters
+    ----------
+    core : float
+        Positions of at least this probability are a class's core.
+    least_core : int
+        A class with fewer positions in its core abstains.
+    radius : int
+        Of the guided filter's boxes, voxels of the model grid; 0 leaves it out.
+    edge_hu : float
+        Where HU deviate by more than this within a box, an edge is kept.
+
+    Raises
+    ------
+    ValueError
+        A number is out of range.
+    """
+
+    core: float = 0.8
+    least_core: int = 20
+    radius: int = 1
+    edge_hu: float = 40.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.core <= 1:
+            raise ValueError(f"core is {self.core!r}; give a probability above 0, at most 1")
+        if not is_whole(self.least_core, 1):
+            raise ValueError(f"least_core is {self.least_core!r}; give a whole number from 1")
+        if not (is_whole(self.radius, 0) and self.radius <= 8):
+            raise ValueError(f"radius is {self.radius!r}; give 0 to 8 voxels")
+        if not 1 <= self.edge_hu <= 1000:
+            raise ValueError(f"edge_hu is {self.edge_hu!r}; give 1 to 1000 HU")
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What a scan's own organs look like.
+
+    Parameters
+    ----------
+    likelihood : (n_classes, n_bins) float32
+        How likely HU of a bin are in each class; each row sums to 1.
+    n_core : (n_classes,) int64
+        Positions of each class's core.
+    abstains : (n_classes,) bool
+        Classes whose core was too small, or that are no tissue.
+    how : Adapt
+        What was asked for.
+    """
+
+    likelihood: NDArray[np.float32]
+    n_core: NDArray[np.int64]
+    abstains: NDArray[np.bool_]
+    how: Adapt
+
+    @staticmethod
+    def of(
+        coarse: NDArray[np.float32],
+        block_grid: BlockGrid,
+        grid_volume: GridVolume,
+        classes: ClassTable,
+        how: Adapt,
+    ) -> Adaptation:
+        """Look at the cores of all classes.
+
+        Parameters
+        ----------
+        coarse : (n_k, n_i, n_j, n_classes) float32
+            Probabilities at the positions of the block grid.
+        block_grid : BlockGrid
+            Where these are.
+        grid_volume : GridVolume
+            The scan.
+        classes : ClassTable
+            What they are of. One that abstains is as likely as the context class.
+        how : Adapt
+            What counts as core.
+        """
+        k, i, j = block_grid.centres
+        n_classes = coarse.shape[-1]
+        counts = np.zeros((n_classes, _N_BINS))
+        for n, slab in zip(k, coarse, strict=True):
+            bins = _binned(_units(grid_volume, slice(n, n + 1))[0][np.ix_(i, j)], grid_volume)
+            label = slab.argmax(axis=-1)
+            sure = slab.max(axis=-1) >= how.core
+            np.add.at(counts, (label[sure], bins[sure]), 1)
+        n_core = counts.sum(axis=1).astype(np.int64)
+        smooth = gaussian_filter1d(counts, _BANDWIDTH, axis=1, mode="nearest")
+        total = smooth.sum(axis=1, keepdims=True)
+        likelihood = np.full_like(smooth, 1 / _N_BINS)
+        np.divide(smooth * (1 - _UNSEEN), total, out=likelihood, where=total > 0)
+        likelihood += _UNSEEN / _N_BINS
+        abstains = n_core < how.least_core
+        abstains[_BACKGROUND] = True
+        usual = _BACKGROUND if classes.context is None else classes.context
+        likelihood[abstains] = likelihood[usual]
+        return Adaptation(likelihood.astype(np.float32), n_core, abstains, how)
+
+    def record(self, classes: ClassTable) -> dict[str, Any]:
+        """What ``run.json`` tells of it.
+
+        Parameters
+        ----------
+        classes : ClassTable
+            Names of the classes.
+        """
+        adapted = [n for n in classes.organs if not self.abstains[n]]
+        return {
+            **asdict(self.how),
+            "core_positions": {classes.names[n]: int(self.n_core[n]) for n in adapted},
+            "abstained": [classes.names[n] for n in classes.organs if self.abstains[n]],
+        }
+
+
+def adapted_slabs(
+    coarse: NDArray[np.float32],
+    block_grid: BlockGrid,
+    grid_volume: GridVolume,
+    adaptation: Adaptation,
+    workers: Workers,
+) -> Iterator[Slab]:
+    """Corrected probabilities at every voxel of the model grid, slice after slice.
+
+    Parameters
+    ----------
+    coarse : (n_k, n_i, n_j, n_classes) float32
+        Probabilities at the positions of the block grid.
+    block_grid : BlockGrid
+        Where these are.
+    grid_volume : GridVolume
+        The scan.
+    adaptation : Adaptation
+        What its organs look like.
+    workers : Workers
+        Threads that compute, a few slices each; the result does not depend on them.
+
+    Yields
+    ------
+    n : int
+        Slice of the model grid, 0, 1, 2, ...
+    probabilities : (n_rows, n_columns, n_classes) float32
+        C-contiguous; the consumer's to keep.
+    """
+    stage = _Stage(coarse, block_grid, grid_volume, adaptation)
+    firsts = range(0, grid_volume.shape[0], _N_SLICES)
+    for first, slabs in zip(firsts, workers.in_order(stage.slices, firsts), strict=True):
+        yield from enumerate(slabs, start=first)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """A scan, ready to be corrected a few slices at a time."""
+
+    coarse: NDArray[np.float32]
+    block_grid: BlockGrid
+    grid_volume: GridVolume
+    adaptation: Adaptation
+
+    @cached_property
+    def axes(self) -> tuple[AxisWeights, ...]:
+        return tuple(
+            axis_weights(n, float(centres[0]), stride, len(centres))
+            for n, centres, stride in zip(
+                self.grid_volume.shape,
+                self.block_grid.centres,
+                self.block_grid.stride,
+                strict=True,
+            )
+        )
+
+    def slices(self, first: int) -> NDArray[np.float32]:
+        """(n, rows, columns, classes) from slice ``first`` on."""
+        n_slices, rows, columns = self.grid_volume.shape
+        margin = 2 * self.adaptation.how.radius
+        last = min(first + _N_SLICES, n_slices)
+        around = slice(max(0, first - margin), min(last + margin, n_slices))
+        units = _units(self.grid_volume, around)
+        found = self._reweighted(units, around)
+        if margin:
+            found = self._guided(units, found)
+        own = slice(first - around.start, last - around.start)
+        out = np.zeros((last - first, rows, columns, self.coarse.shape[-1]), np.float32)
+        for label, (box, p) in found.items():
+            out[(slice(None), *box, label)] = p[own]
+        np.clip(out, 0, None, out=out)
+        out /= np.maximum(out.sum(axis=-1, keepdims=True), np.float32(1e-6))
+        return out
+
+    def _reweighted(
+        self, units: NDArray[np.int16], around: slice
+    ) -> dict[int, tuple[tuple[slice, slice], NDArray[np.float32]]]:
+        """Posteriors of the classes that occur in some slices, each in the box where it does."""
+        k = self.axes[0]
+        blocks = slice(int(k.lower[around.start]), int(k.lower[around.stop - 1]) + 2)
+        coarse = self.coarse[blocks]
+        bins = _binned(units, self.grid_volume)
+        total = np.zeros(units.shape, np.float32)
+        found = {}
+        for label in range(coarse.shape[-1]):
+            box = self._box(coarse[..., label].max(axis=0) >= _LEAST_P)
+            if box is None:
+                continue
+            p = self._enlarged(coarse[..., label], blocks.start, around, box)
+            p *= self.adaptation.likelihood[label][bins[(slice(None), *box)]]
+            total[(slice(None), *box)] += p
+            found[label] = box, p
+        np.maximum(total, np.float32(1e-12), out=total)
+        for box, p in found.values():
+            p /= total[(slice(None), *box)]
+        return found
+
+    def _box(self, occurs: NDArray[np.bool_]) -> tuple[slice, slice] | None:
+        """Rows and columns that lie between positions where a class occurs and the next ones."""
+        sides = []
+        for axis, weights in zip((1, 0), self.axes[1:], strict=True):
+            blocks = np.flatnonzero(occurs.any(axis=axis))
+            if not len(blocks):
+                return None
+            near = (weights.lower >= blocks[0] - 1) & (weights.lower <= blocks[-1])
+            voxels = np.flatnonzero(near)
+            sides.append(slice(int(voxels[0]), int(voxels[-1]) + 1))
+        return sides[0], sides[1]
+
+    def _enlarged(
+        self,
+        coarse: NDArray[np.float32],
+        first_block: int,
+        around: slice,
+        box: tuple[slice, slice],
+    ) -> NDArray[np.float32]:
+        """One class at the voxels of some slices, in a box: linear between positions."""
+        out = coarse
+        ends = (around, *box)
+        for axis, (weights, part) in enumerate(zip(self.axes, ends, strict=True)):
+            lower = weights.lower[part] - (first_block if axis == 0 else 0)
+            upper = np.minimum(lower + 1, out.shape[axis] - 1)
+            share = weights.weight[part].reshape([-1 if a == axis else 1 for a in range(3)])
+            before, after = np.take(out, lower, axis), np.take(out, upper, axis)
+            out = before + share * (after - before)
+        return out
+
+    def _guided(
+        self,
+        units: NDArray[np.int16],
+        found: dict[int, tuple[tuple[slice, slice], NDArray[np.float32]]],
+    ) -> dict[int, tuple[tuple[slice, slice], NDArray[np.float32]]]:
+        """The guided filter, of each class in its box."""
+        how = self.adaptation.how
+        edge = np.float32(how.edge_hu * _UNITS_PER_HU[self.grid_volume.hu_table])
+        guide = units.astype(np.float32)
+        guide /= edge
+        guide -= guide.mean()
+        mean = _box_mean(guide, how.radius)
+        spread = _box_mean(guide * guide, how.radius) - mean * mean + 1
+        return {
+            label: (box, _filtered(p, [a[(slice(None), *box)] for a in (guide, mean, spread)], how))
+            for label, (box, p) in found.items()
+        }
+
+
+def _filtered(
+    p: NDArray[np.float32], guide: list[NDArray[np.float32]], how: Adapt
+) -> NDArray[np.float32]:
+    values, mean, spread = guide
+    mean_p = _box_mean(p, how.radius)
+    slope: NDArray[np.float32] = (_box_mean(values * p, how.radius) - mean * mean_p) / spread
+    rest = mean_p - slope * mean
+    out: NDArray[np.float32] = _box_mean(slope, how.radius) * values + _box_mean(rest, how.radius)
+    return out
+
+
+def _box_mean(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
+    mean: NDArray[np.float32] = uniform_filter(values, 2 * radius + 1, mode="nearest")
+    return mean
+
+
+def _units(volume: GridVolume, slices: slice) -> NDArray[np.int16]:
+    """Slices of a scan in units of its HU table."""
+    hu = volume.hu[slices]
+    if volume.table is None:
+        return hu
+    return volume.table[hu.astype(np.int32) + 32768]
+
+
+def _binned(units: NDArray[np.int16], volume: GridVolume) -> NDArray[np.intp]:
+    width = _BIN_HU * _UNITS_PER_HU[volume.hu_table]
+    bins: NDArray[np.intp] = ((units.astype(np.int32) - volume.air) // width).astype(np.intp)
+    return np.clip(bins, 0, _N_BINS - 1)
