@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter1d, uniform_filter
 
 from organfast.anatomy import ClassTable
 from organfast.errors import is_whole
-from organfast.grid import BlockGrid, GridVolume
+from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.probability import AxisWeights, Slab, axis_weights
 from organfast.workers import Workers
 
@@ -161,6 +161,21 @@ class Adaptation:
             "core_positions": {classes.names[n]: int(self.n_core[n]) for n in adapted},
             "abstained": [classes.names[n] for n in classes.organs if self.abstains[n]],
         }
+
+
+def check_adapts(grid: ModelGrid) -> None:
+    """Raise ValueError when a model works on a grid on which nothing can be adapted.
+
+    Parameters
+    ----------
+    grid : ModelGrid
+        On a scan's own pixels every voxel would be corrected for itself.
+    """
+    if grid.spacing_mm is None:
+        raise ValueError(
+            "adapting to a scan needs a model with a working grid, such as ModelGrid((3.0, 3.0, "
+            "3.0)), and this one works on the scan's own pixels; leave adapt off"
+        )
 
 
 def adapted_slabs(
@@ -314,7 +329,7 @@ def _filtered(
 ) -> NDArray[np.float32]:
     values, mean, spread = guide
     mean_p = _box_mean(p, how.radius)
-    slope: NDArray[np.float32] = (_box_mean(values * p, how.radius) - mean * mean_p) / spread
+    slope = ((_box_mean(values * p, how.radius) - mean * mean_p) / spread).astype(np.float32)
     rest = mean_p - slope * mean
     out: NDArray[np.float32] = _box_mean(slope, how.radius) * values + _box_mean(rest, how.radius)
     return out

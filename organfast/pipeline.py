@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast import __version__
+from organfast.adaptation import Adapt, Adaptation, adapted_slabs, check_adapts
 from organfast.anatomy import ClassTable
 from organfast.body import body_mask
 from organfast.curve import LOSSES
@@ -96,6 +97,9 @@ class Settings:
     trees : int or None
         Ask so many of the forest's trees, the first ones: sooner, and a little less accurate. None
         asks all.
+    adapt : bool or None
+        Let the organs of this scan correct what the classifier said of them, see ``adaptation``.
+        None is as the model has it. Only for models with a working grid.
     preset : str or None
         Which preset of the model these settings are, for the record; :meth:`of_preset` says it.
 
@@ -116,6 +120,7 @@ class Settings:
     refine: Refine | None = None
     confidence: bool = True
     trees: int | None = None
+    adapt: bool | None = None
     preset: str | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +138,8 @@ class Settings:
                 raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
         if self.trees is not None and not is_whole(self.trees, 1):
             raise ValueError(f"trees is {self.trees!r}; give a whole number from 1, or None")
+        if not isinstance(self.adapt, (bool, type(None))):
+            raise ValueError(f"adapt is {self.adapt!r}; give True, False or None")
         if not isinstance(self.refine, (Refine, type(None))):
             raise ValueError(f"refine is {self.refine!r}; give Refine(), or None")
         if not self.confidence and (self.probabilities or self.refine):
@@ -413,8 +420,13 @@ def _segment(
             "libraries": {"numpy": np.__version__, "python": platform.python_version()},
             "model": model.digest,
             "input": given.digest,
-            "settings": {**asdict(settings), "stride": flow.block_grid.stride[::-1]},
+            "settings": {
+                **asdict(settings),
+                "stride": flow.block_grid.stride[::-1],
+                "adapt": flow.adapt is not None,
+            },
             "positions": {**asdict(visits), "share_asked": visits.share},
+            "adapted": flow.notes.get("adapted"),
             "cleaned": cleaned,
             "warnings": [*given.scan.warnings, *flow.warnings],
         },
@@ -436,7 +448,9 @@ class _Flow:
     block_grid: BlockGrid
     mask: NDArray[np.bool_] | None
     enlargement: Enlargement
+    adapt: Adapt | None
     warnings: tuple[str, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def prepare(given: _Input, model: Model, settings: Settings, workers: Workers) -> _Flow:
@@ -448,7 +462,9 @@ class _Flow:
         warnings = _spacing_warnings(volume, model)
         if mask is not None and not mask.any():
             warnings = (*warnings, "no body was found in this scan, so no organ was looked for")
-        enlargement = Enlargement.to_scan(block_grid, grid_volume, volume.working.shape)
+        adapt = _adapt(model, settings)
+        labelled = block_grid if adapt is None else BlockGrid(grid_volume.shape, (1, 1, 1))
+        enlargement = Enlargement.to_scan(labelled, grid_volume, volume.working.shape)
         return _Flow(
             volume,
             model,
@@ -458,6 +474,7 @@ class _Flow:
             block_grid,
             mask,
             enlargement,
+            adapt,
             warnings,
         )
 
@@ -475,7 +492,20 @@ class _Flow:
     def slabs(
         self, workers: Workers, visits: Visits, progress: Progress = silent
     ) -> Iterator[Slab]:
-        """Probabilities at the positions, slice after slice."""
+        """Probabilities where the enlargement wants them, slice after slice."""
+        asked = self.asked_slabs(workers, visits, progress)
+        if self.adapt is None:
+            return asked
+        coarse = np.stack([slab for _, slab in asked])
+        classes = self.model.classes
+        adaptation = Adaptation.of(coarse, self.block_grid, self.grid_volume, classes, self.adapt)
+        self.notes["adapted"] = adaptation.record(classes)
+        return adapted_slabs(coarse, self.block_grid, self.grid_volume, adaptation, workers)
+
+    def asked_slabs(
+        self, workers: Workers, visits: Visits, progress: Progress = silent
+    ) -> Iterator[Slab]:
+        """Probabilities at the positions of the block grid, slice after slice."""
         slices, refine, total = self.slices(workers), self.settings.refine, self.block_grid.shape[0]
         if refine is None:
             self._visit_all(visits)
@@ -543,6 +573,8 @@ def check_settings(settings: Settings, model: Model) -> None:
         They do not fit the model.
     """
     _check_labels_alone(settings, model)
+    if _adapt(model, settings) is not None:
+        check_adapts(model.grid)
     _asked(model, settings)
 
 
@@ -579,6 +611,13 @@ def _asked(model: Model, settings: Settings) -> Classifier:
     if not isinstance(model.classifier, Forest):
         raise ValueError("trees are of a forest, and the model is a network; leave them")
     return model.classifier.first(settings.trees)
+
+
+def _adapt(model: Model, settings: Settings) -> Adapt | None:
+    """How a scan's own organs correct the classifier: the user's wish, or the model's way."""
+    if settings.adapt is None:
+        return model.adapt
+    return (model.adapt or Adapt()) if settings.adapt else None
 
 
 def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import resources
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.adaptation import Adapt, check_adapts
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.calibration import Isotonic, Temperature, calibration_from_dict
@@ -111,6 +112,8 @@ class Model:
         Library versions that made the model; by default those that are installed.
     calibration : Temperature, Isotonic or None
         What brings the classifier's probabilities to how often they are right.
+    adapt : Adapt or None
+        How a scan's own organs correct the classifier, unless a user asks otherwise; None does not.
     presets : Curve or None
         What this model's accuracy costs, measured on labelled scans, and the settings that were
         chosen of it. Advice to who asks the model; no part of what it is, nor of its digest.
@@ -131,6 +134,7 @@ class Model:
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Temperature | Isotonic | None = None
     presets: Curve | None = None
+    adapt: Adapt | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
@@ -143,6 +147,8 @@ class Model:
         if not np.array_equal(self.classifier.offsets, self.pattern.offsets):
             raise ValueError("the classifier reads other voxels than the pattern")
         pattern_on(self.grid, self.pattern)
+        if self.adapt is not None:
+            check_adapts(self.grid)
         if len(self.stride) != 3 or not all(
             isinstance(s, (int, np.integer)) and 1 <= s <= MAX_STRIDE for s in self.stride
         ):
@@ -182,6 +188,8 @@ class Model:
         }
         if self.network is not None:
             header["network"] = self.network
+        if self.adapt is not None:
+            header["adapt"] = asdict(self.adapt)
         try:
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -265,6 +273,7 @@ def load_model(path: StrPath) -> Model:
             grid=grid,
             calibration=calibration_from_dict(header["calibration"], len(classes)),
             presets=None if header["presets"] is None else Curve.from_dict(header["presets"]),
+            adapt=None if header.get("adapt") is None else Adapt(**header["adapt"]),
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -411,11 +420,15 @@ _SHAPE: dict[Any, Any] = {
     "versions": {str: str},
     "calibration": ({"kind": str, str: object}, None),
     "presets": ({str: object}, None),
+    "adapt": (
+        {"core": _NUMBER, "least_core": int, "radius": int, "edge_hu": _NUMBER},
+        None,
+    ),
 }
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    fault = _fault({"network": None, **header}, _SHAPE, "")
+    fault = _fault({"network": None, "adapt": None, **header}, _SHAPE, "")
     if fault is not None:
         raise ValueError(f"{fault.lstrip('.') or 'its header'} is missing, or not of its kind")
     if header["classifier"] not in ("forest", "cnn"):
