@@ -39,7 +39,7 @@ _UNITS_PER_HU = {"identity": 1, "piecewise": 8}  # of soft tissue
 _BIN_HU = 3
 _N_BINS = 512
 _BANDWIDTH = 2.0  # bins
-_UNSEEN = 0.02
+_UNSEEN = 0.1
 """Share of a class's voxels whose HU its core does not tell: they may have any."""
 _LEAST_P = 0.01
 """What is less probable at all positions around is not computed."""
@@ -67,10 +67,10 @@ class Adapt:
         A number is out of range.
     """
 
-    core: float = 0.8
+    core: float = 0.7
     least_core: int = 20
     radius: int = 1
-    edge_hu: float = 40.0
+    edge_hu: float = 20.0
 
     def __post_init__(self) -> None:
         if not 0 < self.core <= 1:
@@ -135,6 +135,8 @@ class Adaptation:
             label = slab.argmax(axis=-1)
             sure = slab.max(axis=-1) >= how.core
             np.add.at(counts, (label[sure], bins[sure]), 1)
+        for label, partner in _pairs(classes):  # both sides of a patient look alike
+            counts[[label, partner]] = counts[label] + counts[partner]
         n_core = counts.sum(axis=1).astype(np.int64)
         smooth = gaussian_filter1d(counts, _BANDWIDTH, axis=1, mode="nearest")
         total = smooth.sum(axis=1, keepdims=True)
@@ -338,6 +340,13 @@ def _filtered(
 def _box_mean(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
     mean: NDArray[np.float32] = uniform_filter(values, 2 * radius + 1, mode="nearest")
     return mean
+
+
+def _pairs(classes: ClassTable) -> Iterator[tuple[int, int]]:
+    """Labels of structures that a body has on both sides."""
+    for label, structure in enumerate(classes.structures):
+        if structure.side == "R" and structure.mirror in classes.names:
+            yield label, classes.index(structure.mirror)
 
 
 def _units(volume: GridVolume, slices: slice) -> NDArray[np.int16]:
