@@ -11,10 +11,15 @@ import pytest
 from organfast.augmentation import Augmentation
 from organfast.paintedcopies import PAINTED_MM, Variety, _thicken, painted_copy
 from organfast.painting import LabelMap
+from organfast.pathology import Pathology
 from organfast.phantom import FieldOfView, phantom
 
 STILL = Variety(
-    people=Augmentation.off(), thickness_mm=(2, 2), view_mm=(900, 900), length_mm=(9000, 9000)
+    people=Augmentation.off(),
+    thickness_mm=(2, 2),
+    view_mm=(900, 900),
+    length_mm=(9000, 9000),
+    pathology=None,
 )
 
 
@@ -58,6 +63,15 @@ def test_copies_keep_their_sides_and_are_painted_as_tissues() -> None:
     assert right["liver"] > right["spleen"]
     assert 15 < np.median(volume.hu[labels == _label("liver")]) < 130
     assert np.median(volume.hu[labels == _label("lung_left")]) < -700
+
+
+def test_disease_changes_the_look_and_no_label() -> None:
+    healthy, labels = painted_copy(_anatomy(), 2, STILL)
+    ill, same = painted_copy(_anatomy(), 2, replace(STILL, pathology=Pathology(lesions=1)))
+    np.testing.assert_array_equal(labels, same)
+    changed = healthy.hu != ill.hu
+    assert changed[labels == _label("liver")].any()
+    assert changed.mean() < 0.05
 
 
 def test_the_same_seed_paints_the_same_bytes_in_any_threads() -> None:
