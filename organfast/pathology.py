@@ -93,7 +93,7 @@ class Pathology:
     metal_hu : (low, high) float
         HU of metal that fills a voxel.
     streak_hu : (low, high) float
-        Size of the streaks beside large pieces of metal.
+        Size of the streaks at the surface of metal.
     texture : float
         Share of the scan's own fine texture that remains in a lesion.
 
@@ -403,12 +403,14 @@ def _consolidations(scan: _Scan, pathology: Pathology, random: np.random.Generat
         if region is None:
             continue
         own = np.random.default_rng(seed)
-        for _ in range(int(own.integers(1, 4))):
+        largest = 0.7 * region.radius_mm(scan.steps)
+        for _ in range(int(own.integers(1, 3))):
             # Of some voxels the one that lies furthest down and back.
             some = np.array([region.voxel(own) for _ in range(6)]) * scan.steps
             centre = some[np.argmin(some[:, 0] + 1.5 * some[:, 1])] / scan.steps
             mean = own.uniform(*pathology.consolidation_mm)
-            a, b, c = (mean * own.uniform(0.7, 1.3, 3)).clip(*pathology.consolidation_mm).tolist()
+            axes = (mean * own.uniform(0.7, 1.3, 3)).clip(*pathology.consolidation_mm)
+            a, b, c = axes.clip(0, largest).tolist()
             wanted = pathology.consolidation_hu if dense else pathology.ground_glass_hu
             inside = float(own.uniform(*wanted))
             edge = float(own.uniform(2, 8) if dense else own.uniform(8, 16))
@@ -764,10 +766,12 @@ def _streak_slice(scan: _Scan, k: int, rod: _Rod, fan: NDArray[np.float32], hu: 
     angle = np.arctan2(y, x)
     ray = fan[((angle + np.pi) * (N_RAYS / (2 * np.pi))).astype(np.int32) % N_RAYS]
     lengthwise = np.abs(np.cos(angle - axis)) ** 24 * min(length / 12, 1.0)
-    near = rod.radius_mm + length / 2
-    fall = near / (near + distance) * np.exp(-distance / 45) - np.exp(-STREAK_REACH_MM / 45) / 4
+    near = rod.radius_mm + length / 4
+    beyond = (distance - near).clip(0)
+    # Little metal, thin rays; at the end of their reach they have faded.
+    fall = near / (near + beyond) * np.exp(-beyond / 50) * (1 - distance / STREAK_REACH_MM)
     before = scan.hu[k, i, j].astype(np.float32)
-    change = (0.5 * ray - 1.1 * hu * lengthwise) * fall.clip(0)
+    change = (0.7 * ray - 1.1 * hu * lengthwise) * fall.clip(0)
     # Air outside the body stays air.
     change *= before > -950
     scan.hu[k, i, j] = np.rint(before + change).clip(AIR_HU, MOST_HU)

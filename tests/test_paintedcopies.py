@@ -56,7 +56,8 @@ def test_a_still_copy_is_the_anatomy_at_two_millimetres() -> None:
 
 
 def test_copies_keep_their_sides_and_are_painted_as_tissues() -> None:
-    volume, labels = painted_copy(_anatomy(), 2, replace(Variety(), length_mm=(9000, 9000)))
+    whole = replace(Variety(), length_mm=(9000, 9000), pathology=None)
+    volume, labels = painted_copy(_anatomy(), 2, whole)
     right = {name: _middle(labels, name)[0] for name in ORGANS}  # x grows to the right in RAS+
     assert right["kidney_right"] > right["kidney_left"]
     assert right["lung_right"] > right["lung_left"]
