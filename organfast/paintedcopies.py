@@ -4,7 +4,8 @@
 
     label map --(thinned to 2 mm)--> --(altered_copy: sizes, postures, organs)--> another anatomy
               --(paint: tissues, phase, scanner, a body where none is labelled)--> CT at 2 mm
-              --(thick slices, field of view)--> CT scan and its labels, on one grid
+              --(diseased: lesions, metal)--> --(thick slices, field of view)-->
+              CT scan and its labels, on one grid
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from organfast.augmentation import Augmentation, altered_copy
 from organfast.errors import is_whole
 from organfast.grid import GridVolume
 from organfast.painting import LabelMap, paint
+from organfast.pathology import Pathology, diseased
 from organfast.volume import AIR_HU, Volume
 
 __all__ = ["Variety", "painted_copy"]
@@ -62,6 +64,8 @@ class Variety:
     length_mm : (low, high) float
         Each copy shows a random run of slices of a length drawn evenly, or all of a shorter one:
         where a scan ends must be no cue.
+    pathology : Pathology or None
+        What copies suffer from, and what implants they have; None leaves them healthy.
 
     Raises
     ------
@@ -73,6 +77,7 @@ class Variety:
     thickness_mm: tuple[float, float] = (2.0, 6.0)
     view_mm: tuple[float, float] = (320.0, 500.0)
     length_mm: tuple[float, float] = (60.0, 700.0)
+    pathology: Pathology | None = field(default_factory=Pathology)
 
     def __post_init__(self) -> None:
         for name in ("thickness_mm", "view_mm", "length_mm"):
@@ -95,7 +100,7 @@ def painted_copy(
     label_map : LabelMap
         The anatomy, at most 254 labels.
     seed : int or sequence of int
-        Seed of the anatomy, the tissues, the scanner and the field of view.
+        Seed of the anatomy, the tissues, the diseases, the scanner and the field of view.
     variety : Variety, optional
         How much copies differ.
     threads : int
@@ -122,6 +127,9 @@ def painted_copy(
     anatomy = LabelMap(labels.T, _AFFINE, label_map.names)
     painted = paint(anatomy, int(rng.integers(1 << 31)), threads=threads)
     hu = np.ascontiguousarray(painted.working)
+    if variety.pathology is not None:
+        spacing = (PAINTED_MM,) * 3
+        hu = diseased(hu, labels, label_map.names, spacing, (*key, 7), variety.pathology)
     _thicken(hu, rng.uniform(*variety.thickness_mm) / PAINTED_MM)
     seen = _seen(hu, known, rng, variety)
     return Volume(np.ascontiguousarray(hu[seen]).T, _AFFINE), np.ascontiguousarray(labels[seen]).T

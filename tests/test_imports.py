@@ -31,7 +31,7 @@ COLUMNS = [
         "painting",
     ],
     ["grid", "levels", "body", "display", "page"],
-    ["blocks", "sampling", "augmentation", "paintedcopies"],
+    ["blocks", "sampling", "augmentation", "pathology", "paintedcopies"],
     [
         "models.architecture",
         "models.block_augmentation",

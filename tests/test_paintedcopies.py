@@ -11,10 +11,15 @@ import pytest
 from organfast.augmentation import Augmentation
 from organfast.paintedcopies import PAINTED_MM, Variety, _thicken, painted_copy
 from organfast.painting import LabelMap
+from organfast.pathology import Pathology
 from organfast.phantom import FieldOfView, phantom
 
 STILL = Variety(
-    people=Augmentation.off(), thickness_mm=(2, 2), view_mm=(900, 900), length_mm=(9000, 9000)
+    people=Augmentation.off(),
+    thickness_mm=(2, 2),
+    view_mm=(900, 900),
+    length_mm=(9000, 9000),
+    pathology=None,
 )
 
 
@@ -51,13 +56,23 @@ def test_a_still_copy_is_the_anatomy_at_two_millimetres() -> None:
 
 
 def test_copies_keep_their_sides_and_are_painted_as_tissues() -> None:
-    volume, labels = painted_copy(_anatomy(), 2, replace(Variety(), length_mm=(9000, 9000)))
+    whole = replace(Variety(), length_mm=(9000, 9000), pathology=None)
+    volume, labels = painted_copy(_anatomy(), 2, whole)
     right = {name: _middle(labels, name)[0] for name in ORGANS}  # x grows to the right in RAS+
     assert right["kidney_right"] > right["kidney_left"]
     assert right["lung_right"] > right["lung_left"]
     assert right["liver"] > right["spleen"]
     assert 15 < np.median(volume.hu[labels == _label("liver")]) < 130
     assert np.median(volume.hu[labels == _label("lung_left")]) < -700
+
+
+def test_disease_changes_the_look_and_no_label() -> None:
+    healthy, labels = painted_copy(_anatomy(), 2, STILL)
+    ill, same = painted_copy(_anatomy(), 2, replace(STILL, pathology=Pathology(lesions=1)))
+    np.testing.assert_array_equal(labels, same)
+    changed = healthy.hu != ill.hu
+    assert changed[labels == _label("liver")].any()
+    assert changed.mean() < 0.05
 
 
 def test_the_same_seed_paints_the_same_bytes_in_any_threads() -> None:

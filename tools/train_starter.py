@@ -5,10 +5,11 @@
 
 The pool: two labelled CT scans (chest, abdomen) and three label maps without a scan (s0011,
 s0327, s0328). Each anatomy is painted many times (`painted_copy`: other sizes, postures, organs,
-tissues, phases and scanners), each scan is altered as often (`altered_copy`); a network of blocks
-learns from all of them. A scan that is left out is left out altogether: its anatomy is not painted
-either. Interrupted, the same command goes on where it was; the folder of `--work` holds what is
-made on the way (some 2 GB), the cases the same for all of them.
+tissues, phases and scanners), each scan is altered as often (`altered_copy`), some of either have
+lesions and metal (`diseased`); a network of blocks learns from all of them. A scan that is left out
+is left out altogether: its anatomy is not painted either. Interrupted, the same command goes on
+where it was; the folder of `--work` holds what is made on the way (some 2 GB), the cases the same
+for all of them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.nifti import read_scan
 from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
 from organfast.painting import LabelMap
+from organfast.pathology import diseased
 from organfast.sampling import Split
 from organfast.scorebook import Evaluation
 from organfast.volume import Volume
@@ -58,7 +60,8 @@ CARD = {
     ],
     "labels": "automatic, of TotalSegmentator, for both scans: agreement, not truth",
     "limits": [
-        "adults lying on their back, trunk; other postures, children and lesions were not learned",
+        "adults lying on their back, trunk; other postures and children were not learned",
+        "lesions and metal were learned as they are painted, not from patients",
         "rectus abdominis is not among its classes; psoas means the iliopsoas",
         "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
         "an organ that is reported where it is only partly in view, or absent, may be wrong",
@@ -282,6 +285,8 @@ def _altered(file: Path, seed: tuple[int, ...]) -> tuple[Volume, NDArray[np.uint
     labels = table[found]
     labels[(found == 0) & body_voxels(grid_volume)] = names.index("thorax_abdomen")
     copy, drawn = altered_copy(grid_volume, labels, names, _people(Variety().people), seed)
+    named = dict(enumerate(names.names))
+    ill = diseased(copy.hu, drawn, named, copy.spacing_mm, (*seed, 7))
     known = np.flatnonzero([(page == 255).mean() < 0.02 for page in drawn])
     first, last = int(known[0]), int(known[-1]) + 1
     rng = np.random.default_rng([*seed, 6])
@@ -290,7 +295,7 @@ def _altered(file: Path, seed: tuple[int, ...]) -> tuple[Volume, NDArray[np.uint
     run = slice(first, first + n)
     drawn = np.where(drawn[run] == 255, 0, drawn[run]).astype(np.uint8)
     affine = np.diag([PAINTED_MM, PAINTED_MM, PAINTED_MM, 1.0])
-    return Volume(np.ascontiguousarray(copy.hu[run]).T, affine), drawn.T
+    return Volume(np.ascontiguousarray(ill[run]).T, affine), drawn.T
 
 
 def _told(start: float) -> Callable[[str, int, int], None]:
