@@ -52,6 +52,10 @@ class Adapt:
 
     Parameters
     ----------
+    places : bool
+        An organ stays where the others say that it can be, see ``places``.
+    own_hu : bool
+        Voxels are weighed by how likely their HU are in each organ of this scan.
     core : float
         Positions of at least this probability are a class's core.
     least_core : int
@@ -67,12 +71,17 @@ class Adapt:
         A number is out of range.
     """
 
+    places: bool = True
+    own_hu: bool = True
     core: float = 0.7
     least_core: int = 20
     radius: int = 1
     edge_hu: float = 20.0
 
     def __post_init__(self) -> None:
+        for name in ("places", "own_hu"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
         if not 0 < self.core <= 1:
             raise ValueError(f"core is {self.core!r}; give a probability above 0, at most 1")
         if not is_whole(self.least_core, 1):
@@ -143,7 +152,7 @@ class Adaptation:
         likelihood = np.full_like(smooth, 1 / _N_BINS)
         np.divide(smooth * (1 - _UNSEEN), total, out=likelihood, where=total > 0)
         likelihood += _UNSEEN / _N_BINS
-        abstains = n_core < how.least_core
+        abstains = (n_core < how.least_core) | (not how.own_hu)
         abstains[_BACKGROUND] = True
         usual = _BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]

@@ -14,13 +14,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from hashlib import sha256
+from operator import or_
 from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.adaptation import Adapt, check_adapts
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation, altered_copy, jittered
 from organfast.blockfiles import classes_in
@@ -48,6 +51,7 @@ from organfast.networklearning import DrawnCase, NetworkRecipe, learned_network
 from organfast.nifti import file_digest
 from organfast.paintedcopies import painted_copy
 from organfast.painting import LabelMap
+from organfast.places import Places
 from organfast.probability import SliceClassifier, probability_slabs
 from organfast.progress import Progress, silent
 from organfast.sampling import (
@@ -227,6 +231,8 @@ class Recipe:
         How the probabilities are brought to how often they are right, fitted to balanced blocks of
         the patients who validate; None leaves them as the classifier gives them, as does a split
         in which nobody validates. A model of blocks that were cut out is not calibrated.
+    adapt : Adapt or None
+        How a scan's own organs correct the classifier, unless who segments asks otherwise.
     max_memory_gb : float or None
         Most memory that what is learned from may take, GiB; None is half of the machine's.
 
@@ -248,6 +254,7 @@ class Recipe:
     augmentation: Augmentation | None = None
     paint: int = 0
     calibration: str | None = "temperature"
+    adapt: Adapt | None = None
     max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -266,6 +273,8 @@ class Recipe:
                 "copies are painted at 2 mm and need a working grid, such as "
                 "ModelGrid((3.0, 3.0, 3.0)); give one, or leave paint"
             )
+        if self.adapt is not None:
+            check_adapts(self.grid)
         if self.max_memory_gb is not None and not self.max_memory_gb > 0:
             raise ValueError(f"max_memory_gb is {self.max_memory_gb!r}; give GiB above 0, or None")
 
@@ -435,6 +444,8 @@ def train(
         stride=_stride(recipe),
         training=record,
         scores={},
+        adapt=recipe.adapt,
+        places=reduce(or_, source.places),
     )
     scores: dict[str, Any] = {}
     for use, patients in (("validation", split.validation), ("test", split.test)):
@@ -499,13 +510,14 @@ def _train_on_blocks(
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """Where examples come from."""
+    """Where examples come from; drawing them, the source learns where organs lie."""
 
     dataset: Dataset
     fine: _Fine
     recipe: Recipe
     threads: int
     progress: Progress
+    places: list[Places] = field(default_factory=list)
 
     def cases_of(self, patients: Sequence[str]) -> list[Case]:
         return [case for case in self.dataset.cases if case.patient in patients]
@@ -530,6 +542,7 @@ class _Source:
                 positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
                 take(case, version, positions, drawn)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
+                self.places.append(version.places(fine.classes))
             spacings.append(scan.grid_volume.spacing_mm)
             digests[case.name] = case_digests(case)
             warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
@@ -638,6 +651,10 @@ class _Version:
             sampling.guided_share,
         )
         return positions, drawn if by_itself else labels[tuple(positions.T)].astype(np.int64)
+
+    def places(self, classes: ClassTable) -> Places:
+        """Where its organs lie among each other."""
+        return Places.of(self.scan.labels, self.scan.grid_volume.spacing_mm, classes)
 
     def jitter(self, pattern: Block | Context) -> Callable[[int], NDArray[np.int32]] | None:
         """Offsets to read around the positions of a slice, if not the pattern's."""

@@ -42,6 +42,7 @@ from organfast.models.classifier import Classifier, Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
 from organfast.organs import Organ, measure_organs
+from organfast.places import in_place
 from organfast.probability import (
     Enlargement,
     Slab,
@@ -97,9 +98,9 @@ class Settings:
     trees : int or None
         Ask so many of the forest's trees, the first ones: sooner, and a little less accurate. None
         asks all.
-    adapt : bool or None
+    adapt : Adapt, bool or None
         Let the organs of this scan correct what the classifier said of them, see ``adaptation``.
-        None is as the model has it. Only for models with a working grid.
+        True is in the usual way, None as the model has it. Only for models with a working grid.
     preset : str or None
         Which preset of the model these settings are, for the record; :meth:`of_preset` says it.
 
@@ -120,7 +121,7 @@ class Settings:
     refine: Refine | None = None
     confidence: bool = True
     trees: int | None = None
-    adapt: bool | None = None
+    adapt: Adapt | bool | None = None
     preset: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,8 +139,8 @@ class Settings:
                 raise ValueError(f"{name} is {names!r}; give a tuple of names, ({names!r},)")
         if self.trees is not None and not is_whole(self.trees, 1):
             raise ValueError(f"trees is {self.trees!r}; give a whole number from 1, or None")
-        if not isinstance(self.adapt, (bool, type(None))):
-            raise ValueError(f"adapt is {self.adapt!r}; give True, False or None")
+        if not isinstance(self.adapt, (Adapt, bool, type(None))):
+            raise ValueError(f"adapt is {self.adapt!r}; give Adapt(), True, False or None")
         if not isinstance(self.refine, (Refine, type(None))):
             raise ValueError(f"refine is {self.refine!r}; give Refine(), or None")
         if not self.confidence and (self.probabilities or self.refine):
@@ -423,7 +424,7 @@ def _segment(
             "settings": {
                 **asdict(settings),
                 "stride": flow.block_grid.stride[::-1],
-                "adapt": flow.adapt is not None,
+                "adapt": None if flow.adapt is None else asdict(flow.adapt),
             },
             "positions": {**asdict(visits), "share_asked": visits.share},
             "adapted": flow.notes.get("adapted"),
@@ -497,9 +498,18 @@ class _Flow:
         if self.adapt is None:
             return asked
         coarse = np.stack([slab for _, slab in asked])
-        classes = self.model.classes
+        classes, places = self.model.classes, self.model.places
+        moved = None
+        if places is not None and self.adapt.places:
+            k, i, j = (
+                centres * mm
+                for centres, mm in zip(
+                    self.block_grid.centres, self.grid_volume.spacing_mm, strict=True
+                )
+            )
+            moved = in_place(coarse, (k, i, j), places, classes)
         adaptation = Adaptation.of(coarse, self.block_grid, self.grid_volume, classes, self.adapt)
-        self.notes["adapted"] = adaptation.record(classes)
+        self.notes["adapted"] = {**adaptation.record(classes), "out_of_place": moved}
         return adapted_slabs(coarse, self.block_grid, self.grid_volume, adaptation, workers)
 
     def asked_slabs(
@@ -617,6 +627,8 @@ def _adapt(model: Model, settings: Settings) -> Adapt | None:
     """How a scan's own organs correct the classifier: the user's wish, or the model's way."""
     if settings.adapt is None:
         return model.adapt
+    if isinstance(settings.adapt, Adapt):
+        return settings.adapt
     return (model.adapt or Adapt()) if settings.adapt else None
 
 

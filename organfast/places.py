@@ -47,7 +47,7 @@ class Places:
     ----------
     low, high : (n_classes, n_classes, 3) float32, mm
         Of class [0], from the middle of class [1], along (k, i, j) in working order; NaN where the
-        two were never seen together.
+        two were never seen together, or never with this end in view: there the box is open.
 
     Raises
     ------
@@ -67,41 +67,50 @@ class Places:
             )
         if (self.low > self.high).any() or np.isinf(self.low).any() or np.isinf(self.high).any():
             raise ValueError("a box of the places ends before it begins, or nowhere")
-        if (np.isnan(self.low) != np.isnan(self.high)).any():
-            raise ValueError("a box of the places has one end only")
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """(n_classes, n_classes) whether class [1] tells anything of where class [0] is."""
+        known = np.isfinite(self.low).any(axis=2) | np.isfinite(self.high).any(axis=2)
+        return known
 
     @staticmethod
     def of(
-        cases: Iterable[tuple[NDArray[np.unsignedinteger], tuple[float, float, float]]],
+        labels: NDArray[np.unsignedinteger],
+        spacing_mm: tuple[float, float, float],
         classes: ClassTable,
     ) -> Places:
-        """Learn the boxes from labelled scans.
+        """The boxes of one labelled scan.
 
         Parameters
         ----------
-        cases : iterable of ((K, R, C) unsigned int, (k, i, j) float mm)
-            Label maps in working order, and their voxel sizes.
+        labels : (K, R, C) unsigned int
+            Label map in working order.
+        spacing_mm : (k, i, j) float, mm
+            Its voxel size.
         classes : ClassTable
             Which labels are organs; others do not count.
         """
         n = len(classes)
-        low, high = np.full((n, n, 3), np.nan, np.float32), np.full((n, n, 3), np.nan, np.float32)
-        for labels, spacing_mm in cases:
-            found = _extents(labels, np.array(spacing_mm), classes)
-            for one, (begin, end, _, _) in found.items():
-                for other, (_, _, middle, is_whole) in found.items():
-                    if one != other and is_whole:
-                        low[one, other] = np.fmin(low[one, other], begin - middle)
-                        high[one, other] = np.fmax(high[one, other], end - middle)
+        low, high = np.full((2, n, n, 3), np.nan, np.float32)
+        found = _extents(labels, np.array(spacing_mm), classes)
+        for one, (begin, end, _, _) in found.items():
+            for other, (_, _, middle, is_whole) in found.items():
+                if one != other and is_whole:
+                    low[one, other], high[one, other] = begin - middle, end - middle
         return Places(low, high)
 
-    def to_list(self) -> list[list[Any]]:
+    def __or__(self, other: Places) -> Places:
+        """Boxes that hold those of both."""
+        return Places(np.fmin(self.low, other.low), np.fmax(self.high, other.high))
+
+    def to_list(self) -> list[list[int | None]]:
         """Rows (class, seen from, low k, i, j, high k, i, j) in whole mm, for JSON."""
-        known = np.argwhere(np.isfinite(self.low[..., 0]))
-        rows = np.concatenate([self.low, self.high], axis=2)[tuple(known.T)]
+        pairs = np.argwhere(self.known)
+        ends = np.concatenate([self.low, self.high], axis=2)[tuple(pairs.T)]
         return [
-            [*pair, *np.rint(row).astype(int).tolist()]
-            for pair, row in zip(known.tolist(), rows, strict=True)
+            [*pair, *(None if np.isnan(mm) else round(float(mm)) for mm in row)]
+            for pair, row in zip(pairs.tolist(), ends, strict=True)
         ]
 
     @staticmethod
@@ -120,19 +129,21 @@ class Places:
         ValueError
             The content, which may come from a tampered file, describes no places.
         """
-        low = np.full((n_classes, n_classes, 3), np.nan, np.float32)
-        high = low.copy()
+        low, high = np.full((2, n_classes, n_classes, 3), np.nan, np.float32)
         for row in rows:
-            is_row = isinstance(row, list) and len(row) == 8 and all(type(v) is int for v in row)
-            if not is_row or not all(0 <= v < n_classes for v in row[:2]):
+            is_row = isinstance(row, list) and len(row) == 8
+            if not is_row or not all(type(v) is int and 0 <= v < n_classes for v in row[:2]):
                 raise ValueError("places are rows of two classes and six lengths in mm")
-            low[row[0], row[1]], high[row[0], row[1]] = row[2:5], row[5:]
+            if not all(v is None or (type(v) is int and abs(v) < 100_000) for v in row[2:]):
+                raise ValueError("lengths of places are whole mm, or missing")
+            ends = np.array([np.nan if v is None else v for v in row[2:]], np.float32)
+            low[row[0], row[1]], high[row[0], row[1]] = ends[:3], ends[3:]
         return Places(low, high)
 
 
 def in_place(
     coarse: NDArray[np.float32],
-    centres_mm: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    centres_mm: tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]],
     places: Places,
     classes: ClassTable,
 ) -> dict[str, float]:
@@ -142,7 +153,7 @@ def in_place(
     ----------
     coarse : (n_k, n_i, n_j, n_classes) float32
         Probabilities at the positions of a block grid; changed in place.
-    centres_mm : three of (n,) float64, mm
+    centres_mm : three of (n,) float, mm
         Where the positions are along k, i and j, from anywhere.
     places : Places
         Where organs lie.
@@ -178,19 +189,37 @@ _Extent = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], b
 def _extents(
     labels: NDArray[np.unsignedinteger], spacing_mm: NDArray[np.float64], classes: ClassTable
 ) -> dict[int, _Extent]:
-    """Of each organ that is there: its ends, its middle (mm), and whether it is wholly in view."""
+    """Of each organ that is there: its ends, its middle (mm), and whether it is wholly in view.
+
+    An end at a side of the scan is NaN: who knows how far it goes on.
+    """
     found = {}
-    for organ, box in enumerate(find_objects(labels, max_label=len(classes) - 1), start=1):
+    organs = np.where(labels < len(classes), labels, 0)
+    for organ, box in enumerate(find_objects(organs, max_label=len(classes) - 1), start=1):
         if box is None or organ not in classes.organs:
             continue
-        voxels = np.argwhere(labels[box] == organ)
-        if len(voxels) < _LEAST_VOXELS:
+        here = organs[box] == organ
+        if here.sum() < _LEAST_VOXELS:
             continue
         is_whole = all(s.start > 0 and s.stop < n for s, n in zip(box, labels.shape, strict=True))
-        at_mm = (voxels + [s.start for s in box]) * spacing_mm
-        begin, end = np.percentile(at_mm, _ENDS, axis=0)
-        found[organ] = begin, end, at_mm.mean(axis=0), is_whole
+        along = [here.sum(axis=rest) for rest in ((1, 2), (0, 2), (0, 1))]
+        rows = [_ends_and_middle(n, s.start) for n, s in zip(along, box, strict=True)]
+        begin, end, middle = np.array(rows).T * spacing_mm
+        for axis, (side, n) in enumerate(zip(box, labels.shape, strict=True)):
+            if side.start == 0:
+                begin[axis] = np.nan
+            if side.stop == n:
+                end[axis] = np.nan
+        found[organ] = begin, end, middle, is_whole
     return found
+
+
+def _ends_and_middle(n_voxels: NDArray[np.int64], first: int) -> tuple[float, float, float]:
+    """Along an axis, from how many voxels an organ has at each coordinate from ``first`` on."""
+    share = np.cumsum(n_voxels) / n_voxels.sum()
+    begin, end = np.searchsorted(share, np.array(_ENDS) / 100)
+    middle = float(n_voxels @ np.arange(len(n_voxels))) / float(n_voxels.sum())
+    return first + float(begin), first + float(end), first + middle
 
 
 _Middle = tuple[NDArray[np.float64], NDArray[np.bool_], float]
@@ -198,7 +227,7 @@ _Middle = tuple[NDArray[np.float64], NDArray[np.bool_], float]
 
 def _middles(
     coarse: NDArray[np.float32],
-    centres_mm: tuple[NDArray[np.float64], ...],
+    centres_mm: tuple[NDArray[np.floating], ...],
     classes: ClassTable,
 ) -> dict[int, _Middle]:
     """Of each organ the classifier is sure of: its middle, the axes it has one on, its weight."""
@@ -222,13 +251,13 @@ def _middles(
 def _votes(
     organ: int,
     middles: dict[int, _Middle],
-    centres_mm: tuple[NDArray[np.float64], ...],
+    centres_mm: tuple[NDArray[np.floating], ...],
     places: Places,
 ) -> NDArray[np.float64] | None:
     """(n_k, n_i, n_j) share of the votes for an organ at each position; None where nobody votes."""
     total, weights = None, 0.0
     for other, (middle, axes, weight) in middles.items():
-        if other == organ or np.isnan(places.low[organ, other, 0]):
+        if other == organ or not places.known[organ, other]:
             continue
         along = [
             _vote(
@@ -244,7 +273,8 @@ def _votes(
     return None if total is None else total / weights
 
 
-def _vote(offset: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
-    beyond = np.maximum(low - offset, offset - high) - _ROOM_MM
+def _vote(offset: NDArray[np.floating], low: float, high: float) -> NDArray[np.float64]:
+    beyond = np.fmax(low - offset, offset - high) - _ROOM_MM
+    beyond[np.isnan(beyond)] = 0  # open at both ends
     faded: NDArray[np.float64] = np.clip(1 - beyond / _FADE_MM, 0, 1)
     return faded
