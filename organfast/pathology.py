@@ -739,7 +739,7 @@ def _rays(random: np.random.Generator) -> NDArray[np.float32]:
     """(N_RAYS,) smooth noise over a full turn, deviation 1."""
     spectrum = np.fft.rfft(random.standard_normal(N_RAYS))
     frequency = np.arange(spectrum.size)
-    spectrum *= np.exp(-(((frequency - 14) / 16.0) ** 2))
+    spectrum *= np.exp(-(((frequency - 5) / 16.0) ** 2))
     noise = np.fft.irfft(spectrum, N_RAYS)
     return np.asarray((noise - noise.mean()) / noise.std(), np.float32)
 
