@@ -52,8 +52,6 @@ class Adapt:
 
     Parameters
     ----------
-    places : bool
-        An organ stays where the others say that it can be, see ``places``.
     own_hu : bool
         Voxels are weighed by how likely their HU are in each organ of this scan.
     core : float
@@ -71,7 +69,6 @@ class Adapt:
         A number is out of range.
     """
 
-    places: bool = True
     own_hu: bool = True
     core: float = 0.7
     least_core: int = 20
@@ -79,9 +76,8 @@ class Adapt:
     edge_hu: float = 20.0
 
     def __post_init__(self) -> None:
-        for name in ("places", "own_hu"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if not isinstance(self.own_hu, bool):
+            raise ValueError(f"own_hu is {self.own_hu!r}; give True or False")
         if not 0 < self.core <= 1:
             raise ValueError(f"core is {self.core!r}; give a probability above 0, at most 1")
         if not is_whole(self.least_core, 1):

@@ -14,9 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from hashlib import sha256
-from operator import or_
 from os import PathLike
 from typing import Any
 
@@ -51,7 +49,6 @@ from organfast.networklearning import DrawnCase, NetworkRecipe, learned_network
 from organfast.nifti import file_digest
 from organfast.paintedcopies import painted_copy
 from organfast.painting import LabelMap
-from organfast.places import Places
 from organfast.probability import SliceClassifier, probability_slabs
 from organfast.progress import Progress, silent
 from organfast.sampling import (
@@ -445,7 +442,6 @@ def train(
         training=record,
         scores={},
         adapt=recipe.adapt,
-        places=reduce(or_, source.places),
     )
     scores: dict[str, Any] = {}
     for use, patients in (("validation", split.validation), ("test", split.test)):
@@ -510,14 +506,13 @@ def _train_on_blocks(
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """Where examples come from; drawing them, the source learns where organs lie."""
+    """Where examples come from."""
 
     dataset: Dataset
     fine: _Fine
     recipe: Recipe
     threads: int
     progress: Progress
-    places: list[Places] = field(default_factory=list)
 
     def cases_of(self, patients: Sequence[str]) -> list[Case]:
         return [case for case in self.dataset.cases if case.patient in patients]
@@ -542,7 +537,6 @@ class _Source:
                 positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
                 take(case, version, positions, drawn)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
-                self.places.append(version.places(fine.classes))
             spacings.append(scan.grid_volume.spacing_mm)
             digests[case.name] = case_digests(case)
             warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
@@ -651,10 +645,6 @@ class _Version:
             sampling.guided_share,
         )
         return positions, drawn if by_itself else labels[tuple(positions.T)].astype(np.int64)
-
-    def places(self, classes: ClassTable) -> Places:
-        """Where its organs lie among each other."""
-        return Places.of(self.scan.labels, self.scan.grid_volume.spacing_mm, classes)
 
     def jitter(self, pattern: Block | Context) -> Callable[[int], NDArray[np.int32]] | None:
         """Offsets to read around the positions of a slice, if not the pattern's."""

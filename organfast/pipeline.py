@@ -42,7 +42,6 @@ from organfast.models.classifier import Classifier, Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
 from organfast.organs import Organ, measure_organs
-from organfast.places import in_place
 from organfast.probability import (
     Enlargement,
     Slab,
@@ -498,18 +497,9 @@ class _Flow:
         if self.adapt is None:
             return asked
         coarse = np.stack([slab for _, slab in asked])
-        classes, places = self.model.classes, self.model.places
-        moved = None
-        if places is not None and self.adapt.places:
-            k, i, j = (
-                centres * mm
-                for centres, mm in zip(
-                    self.block_grid.centres, self.grid_volume.spacing_mm, strict=True
-                )
-            )
-            moved = in_place(coarse, (k, i, j), places, classes)
+        classes = self.model.classes
         adaptation = Adaptation.of(coarse, self.block_grid, self.grid_volume, classes, self.adapt)
-        self.notes["adapted"] = {**adaptation.record(classes), "out_of_place": moved}
+        self.notes["adapted"] = adaptation.record(classes)
         return adapted_slabs(coarse, self.block_grid, self.grid_volume, adaptation, workers)
 
     def asked_slabs(

@@ -33,7 +33,6 @@ from organfast.files import check_is_file, written_whole
 from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
-from organfast.places import Places
 
 __all__ = ["STARTER", "Classifier", "Model", "load_model", "save_model"]
 
@@ -115,8 +114,6 @@ class Model:
         What brings the classifier's probabilities to how often they are right.
     adapt : Adapt or None
         How a scan's own organs correct the classifier, unless a user asks otherwise; None does not.
-    places : Places or None
-        Where the organs of the training scans lay among each other.
     presets : Curve or None
         What this model's accuracy costs, measured on labelled scans, and the settings that were
         chosen of it. Advice to who asks the model; no part of what it is, nor of its digest.
@@ -138,7 +135,6 @@ class Model:
     calibration: Temperature | Isotonic | None = None
     presets: Curve | None = None
     adapt: Adapt | None = None
-    places: Places | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
@@ -153,8 +149,6 @@ class Model:
         pattern_on(self.grid, self.pattern)
         if self.adapt is not None:
             check_adapts(self.grid)
-        if self.places is not None and len(self.places.low) != len(self.classes):
-            raise ValueError("the places are of other classes")
         if len(self.stride) != 3 or not all(
             isinstance(s, (int, np.integer)) and 1 <= s <= MAX_STRIDE for s in self.stride
         ):
@@ -196,8 +190,6 @@ class Model:
             header["network"] = self.network
         if self.adapt is not None:
             header["adapt"] = asdict(self.adapt)
-        if self.places is not None:
-            header["places"] = self.places.to_list()
         try:
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -282,11 +274,6 @@ def load_model(path: StrPath) -> Model:
             calibration=calibration_from_dict(header["calibration"], len(classes)),
             presets=None if header["presets"] is None else Curve.from_dict(header["presets"]),
             adapt=None if header.get("adapt") is None else Adapt(**header["adapt"]),
-            places=(
-                None
-                if header.get("places") is None
-                else Places.from_list(header["places"], len(classes))
-            ),
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -435,7 +422,6 @@ _SHAPE: dict[Any, Any] = {
     "presets": ({str: object}, None),
     "adapt": (
         {
-            "places": bool,
             "own_hu": bool,
             "core": _NUMBER,
             "least_core": int,
@@ -444,12 +430,11 @@ _SHAPE: dict[Any, Any] = {
         },
         None,
     ),
-    "places": ([[(int, None)]], None),
 }
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    fault = _fault({"network": None, "adapt": None, "places": None, **header}, _SHAPE, "")
+    fault = _fault({"network": None, "adapt": None, **header}, _SHAPE, "")
     if fault is not None:
         raise ValueError(f"{fault.lstrip('.') or 'its header'} is missing, or not of its kind")
     if header["classifier"] not in ("forest", "cnn"):
