@@ -32,7 +32,7 @@ from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.probability import AxisWeights, Slab, axis_weights
 from organfast.workers import Workers
 
-__all__ = ["Adapt", "Adaptation", "adapted_slabs"]
+__all__ = ["Adapt", "Adaptation", "adapted_slabs", "check_adapts"]
 
 _BACKGROUND = 0
 _UNITS_PER_HU = {"identity": 1, "piecewise": 8}  # of soft tissue
@@ -42,7 +42,7 @@ _BANDWIDTH = 2.0  # bins
 _UNSEEN = 0.1
 """Share of a class's voxels whose HU its core does not tell: they may have any."""
 _LEAST_P = 0.01
-"""What is less probable at all positions around is not computed."""
+"""What is less probable at a position, and not its best class, is not there."""
 _N_SLICES = 16
 
 
@@ -266,14 +266,17 @@ class _Stage:
         k = self.axes[0]
         blocks = slice(int(k.lower[around.start]), int(k.lower[around.stop - 1]) + 2)
         coarse = self.coarse[blocks]
+        best = coarse.max(axis=-1)
         bins = _binned(units, self.grid_volume)
         total = np.zeros(units.shape, np.float32)
         found = {}
         for label in range(coarse.shape[-1]):
-            box = self._box(coarse[..., label].max(axis=0) >= _LEAST_P)
+            asked = coarse[..., label]
+            asked = np.where((asked >= _LEAST_P) | (asked == best), asked, np.float32(0))
+            box = self._box(np.any(asked, axis=0))
             if box is None:
                 continue
-            p = self._enlarged(coarse[..., label], blocks.start, around, box)
+            p = self._enlarged(asked, blocks.start, around, box)
             p *= self.adaptation.likelihood[label][bins[(slice(None), *box)]]
             total[(slice(None), *box)] += p
             found[label] = box, p
@@ -283,15 +286,19 @@ class _Stage:
         return found
 
     def _box(self, occurs: NDArray[np.bool_]) -> tuple[slice, slice] | None:
-        """Rows and columns that lie between positions where a class occurs and the next ones."""
-        sides = []
+        """Rows and columns that a class reaches, filtered: elsewhere it is 0 to the letter.
+
+        So no slice depends on which others are corrected together with it.
+        """
+        sides, margin = [], 2 * self.adaptation.how.radius
         for axis, weights in zip((1, 0), self.axes[1:], strict=True):
             blocks = np.flatnonzero(occurs.any(axis=axis))
             if not len(blocks):
                 return None
             near = (weights.lower >= blocks[0] - 1) & (weights.lower <= blocks[-1])
             voxels = np.flatnonzero(near)
-            sides.append(slice(int(voxels[0]), int(voxels[-1]) + 1))
+            first, last = int(voxels[0]) - margin, int(voxels[-1]) + margin
+            sides.append(slice(max(0, first), min(last + 1, len(weights.lower))))
         return sides[0], sides[1]
 
     def _enlarged(
@@ -321,8 +328,7 @@ class _Stage:
         how = self.adaptation.how
         edge = np.float32(how.edge_hu * _UNITS_PER_HU[self.grid_volume.hu_table])
         guide = units.astype(np.float32)
-        guide /= edge
-        guide -= guide.mean()
+        guide /= edge  # around 0 HU, where a float32 is finest
         mean = _box_mean(guide, how.radius)
         spread = _box_mean(guide * guide, how.radius) - mean * mean + 1
         return {
