@@ -86,9 +86,13 @@ class Pathology:
         Diameter of lung nodules.
     consolidation_mm : (low, high) float
         Semi-axes of consolidations.
-    hypodense_hu, hypervascular_hu : (low, high) float
-        HU of tumours relative to the organ around them.
-    cyst_hu, calcification_hu, nodule_hu, ground_glass_hu, consolidation_hu : (low, high) float
+    hypodense_hu : (low, high) float
+        HU of most tumours, relative to the organ around them.
+    cyst_hu : (low, high) float
+        HU of cysts.
+    hypervascular_hu : (low, high) float
+        HU of tumours that enhance more than the organ around them, relative to it.
+    calcification_hu, nodule_hu, ground_glass_hu, consolidation_hu : (low, high) float
         HU of these lesions.
     metal_hu : (low, high) float
         HU of metal that fills a voxel.

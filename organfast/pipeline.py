@@ -38,11 +38,12 @@ from organfast.curve import LOSSES
 from organfast.dicom import DicomScan, is_dicom
 from organfast.errors import InputError, is_whole
 from organfast.grid import BlockGrid, GridVolume
-from organfast.models.classifier import Classifier, Model, load_model
+from organfast.models.classifier import Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
 from organfast.organs import Organ, measure_organs
 from organfast.probability import (
+    Classifier,
     Enlargement,
     Slab,
     SliceClassifier,

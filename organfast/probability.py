@@ -29,7 +29,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,9 @@ from organfast.kernels.enlarge import (
 from organfast.levels import LevelWindow, levels_slab
 from organfast.workers import Workers
 
-if TYPE_CHECKING:
-    from organfast.models.classifier import Classifier
-
 __all__ = [
     "AxisWeights",
+    "Classifier",
     "Enlargement",
     "Evidence",
     "SliceClassifier",
@@ -279,6 +277,32 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 # --- slabs of probabilities -----------------------------------------------------------------------
+
+
+class Classifier(Protocol):
+    """What tells classes from the voxels around a position. Stateless; several threads may ask."""
+
+    @property
+    def n_classes(self) -> int:
+        """Columns of the probabilities."""
+
+    def probabilities(
+        self,
+        slab: NDArray[np.int16],
+        positions: NDArray[np.int32],
+        out: NDArray[np.float32] | NDArray[np.float64],
+    ) -> None:
+        """Class probabilities at positions of a slab.
+
+        Parameters
+        ----------
+        slab : (L, K, R, C) int16, HU
+            Levels around the positions, from ``levels_slab``.
+        positions : (n, 3) int32
+            (k, i, j) in the slab, its padding included.
+        out : (n, n_classes) float32 or float64
+            Receives the probabilities.
+        """
 
 
 class SliceClassifier:

@@ -32,6 +32,7 @@ COLUMNS = [
     ],
     ["grid", "levels", "body", "display", "page"],
     ["blocks", "sampling", "augmentation", "pathology", "paintedcopies"],
+    ["probability", "adaptation"],
     [
         "models.architecture",
         "models.block_augmentation",
@@ -47,7 +48,7 @@ COLUMNS = [
         "models.network",
         "models.training",
     ],
-    ["probability", "refinement", "recomputation"],
+    ["refinement", "recomputation"],
     ["segmentation", "organs", "metrics", "overlay", "curvefigure", "thumbnail", "charts"],
     ["report", "evaluationreport", "scorebook"],
     [

@@ -18,7 +18,7 @@ from importlib import resources
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ from organfast.grid import ModelGrid
 from organfast.models.cnn import Cnn
 from organfast.models.forest import Forest
 
-__all__ = ["STARTER", "Classifier", "Model", "load_model", "save_model"]
+__all__ = ["STARTER", "Model", "load_model", "save_model"]
 
 StrPath = str | PathLike[str]
 
@@ -52,32 +52,6 @@ _MAX_LEVELS = 16
 _MAX_QUOTED = 300
 _NO_RECORD = {"cases": {}, "n_examples": 0, "spacing_mm": None}
 _RETRAIN = "give a model file that `organfast train` wrote"
-
-
-class Classifier(Protocol):
-    """What tells classes from the voxels around a position. Stateless; several threads may ask."""
-
-    @property
-    def n_classes(self) -> int:
-        """Columns of the probabilities."""
-
-    def probabilities(
-        self,
-        slab: NDArray[np.int16],
-        positions: NDArray[np.int32],
-        out: NDArray[np.float32] | NDArray[np.float64],
-    ) -> None:
-        """Class probabilities at positions of a slab.
-
-        Parameters
-        ----------
-        slab : (L, K, R, C) int16, HU
-            Levels around the positions, from ``levels_slab``.
-        positions : (n, 3) int32
-            (k, i, j) in the slab, its padding included.
-        out : (n, n_classes) float32 or float64
-            Receives the probabilities.
-        """
 
 
 def _library_versions(classifier: Forest | Cnn) -> dict[str, str]:
@@ -112,11 +86,11 @@ class Model:
         Library versions that made the model; by default those that are installed.
     calibration : Temperature, Isotonic or None
         What brings the classifier's probabilities to how often they are right.
-    adapt : Adapt or None
-        How a scan's own organs correct the classifier, unless a user asks otherwise; None does not.
     presets : Curve or None
         What this model's accuracy costs, measured on labelled scans, and the settings that were
         chosen of it. Advice to who asks the model; no part of what it is, nor of its digest.
+    adapt : Adapt or None
+        How a scan's own organs correct the classifier, unless a user asks otherwise; None does not.
 
     Raises
     ------

@@ -29,7 +29,8 @@ from organfast.models.architecture import Conv, Dense, Dropout, conv_padding, ma
 from organfast.models.cnn import Cnn
 
 if TYPE_CHECKING:
-    from organfast.models.classifier import Classifier, Model
+    from organfast.models.classifier import Model
+    from organfast.probability import Classifier
 
 __all__ = [
     "FORMATS",
