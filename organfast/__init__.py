@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from organfast.adaptation import Adapt as Adapt
     from organfast.anatomy import ClassTable as ClassTable
     from organfast.anatomy import Structure as Structure
     from organfast.augmentation import Augmentation as Augmentation
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from organfast.volume import Volume as Volume
 
 _HOMES = {
+    "Adapt": "organfast.adaptation",
     "Augmentation": "organfast.augmentation",
     "BatchPlan": "organfast.batch",
     "Block": "organfast.blocks",
@@ -93,6 +95,7 @@ _HOMES = {
 
 __version__ = version("organfast")
 __all__ = [
+    "Adapt",
     "Augmentation",
     "BatchPlan",
     "Block",

@@ -19,6 +19,7 @@ import organfast
 PACKAGE = Path(organfast.__file__).parent
 
 FROZEN = [
+    "Adapt",
     "Augmentation",
     "BatchPlan",
     "Block",
