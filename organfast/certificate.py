@@ -2,7 +2,8 @@
 
 Voxels of the scan are drawn, half of them in organs. The positions around each are asked again
 by ``recomputation``, their probabilities compared with those that the segmentation used, blended
-in float64 and the most probable class compared with the voxel's label, before any cleaning.
+in float64 and the most probable class compared with the voxel's label, before any cleaning and
+before the scan's own organs correct it, where the model does that (``adaptation``).
 Besides: how many labels would be others if every voxel of the model grid were a position.
 """
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,14 @@ Margin = Annotated[
 Trees = Annotated[
     int | None,
     typer.Option(min=1, help="Ask so many of a forest's trees, the first ones. Default: all."),
+]
+Adapting = Annotated[
+    bool | None,
+    typer.Option(
+        "--adapt/--no-adapt",
+        help="Let the organs of the scan itself, their HU and its edges, correct what the model "
+        "says; not on native pixels. Default: as the model was trained.",
+    ),
 ]
 Preset = Annotated[
     str | None,
@@ -281,6 +289,14 @@ def train(
             "Default: 3, or 1 with a single patient.",
         ),
     ] = None,
+    least_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw classes by how often they are, but each at least this share as often as the "
+            "most frequent one, such as 0.02; --n-per-class is then of the rarest. Default: all "
+            "alike, but for the context.",
+        ),
+    ] = None,
     nuisance: Annotated[
         bool, typer.Option(help="Learn also what the dataset labels beside the classes.")
     ] = True,
@@ -320,11 +336,20 @@ def train(
     trees: Annotated[int, typer.Option(min=1, help="Trees of the forest.")] = 100,
     forest: Annotated[str, typer.Option(help="extra_trees or random_forest.")] = "extra_trees",
     calibration: Calibration = "temperature",
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt",
+            help="The model lets the organs of each scan correct what it says, as segment's "
+            "--adapt does, unless that says --no-adapt.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
     """Learn a model from a folder of labelled scans, and score it on patients held out."""
+    from organfast.adaptation import Adapt
     from organfast.augmentation import Augmentation
     from organfast.blocks import Block
     from organfast.grid import ModelGrid
@@ -342,6 +367,11 @@ def train(
     elif levels is not None or slices is not None:
         flag = "--slices" if levels is None else "--levels"
         raise typer.BadParameter("is about a block; give --block-size as well", param_hint=flag)
+    if context_factor is not None and least_share is not None:
+        raise typer.BadParameter(
+            "says nothing where --least-share does; leave one of them",
+            param_hint="--context-factor",
+        )
     found = find_cases(dataset, layout)
     network = _network(model, architecture, steps, standardise, seed, (resume, log, device))
     if spacing is None:
@@ -358,9 +388,14 @@ def train(
         classes=_classes(classes, found),
         split=None if split is None else _split(split, found),
         seed=seed,
-        sampling=Sampling(nuisance=nuisance, guide=None if guide is None else load_model(guide)),
+        sampling=Sampling(
+            nuisance=nuisance,
+            guide=None if guide is None else load_model(guide),
+            least_share=least_share,
+        ),
         augmentation=Augmentation(copies=augment) if augment else None,
         calibration=None if calibration == "none" else calibration,
+        adapt=Adapt() if adapt else None,
         max_memory_gb=None if max_memory is None else _gigabytes("--max-memory", max_memory),
     )
     check_file_target(out)
@@ -413,6 +448,7 @@ def segment(
     coarse_to_fine: CoarseToFine = None,
     margin: Margin = None,
     trees: Trees = None,
+    adapt: Adapting = None,
     labels_only: Annotated[
         bool,
         typer.Option(
@@ -499,6 +535,7 @@ def segment(
         keep_context=context,
         probabilities=kept,
         confidence=not labels_only,
+        adapt=adapt,
     )
     asked = (_stride(stride), coarse_to_fine, _refine(coarse_to_fine, margin), trees)
     settings = _with_shortcuts(settings, asked, preset, (Path(shown(model)), loaded))
@@ -554,6 +591,7 @@ def locate(
     stride: Stride = None,
     preset: Preset = None,
     trees: Trees = None,
+    adapt: Adapting = None,
     device: Device = "auto",
     threads: Threads = 2,
     as_json: AsJson = False,
@@ -567,7 +605,7 @@ def locate(
     loaded = load(model, device)
     _introduce_starter(model, loaded)
     asked = (_stride(stride), None, None, trees)
-    settings = _with_shortcuts(Settings(), asked, preset, (model, loaded))
+    settings = _with_shortcuts(Settings(adapt=adapt), asked, preset, (model, loaded))
     settings = half_as_dense(settings, loaded)
     result = find(scan, loaded, settings, threads=threads)
     _warn(scan, result.warnings)
@@ -634,6 +672,7 @@ def verify(
     coarse_to_fine: CoarseToFine = False,
     margin: Margin = None,
     stride: Stride = None,
+    adapt: Adapting = None,
     voxels: Annotated[
         int, typer.Option(min=1, help="Of the certificate: voxels to recompute.")
     ] = 200,
@@ -648,10 +687,12 @@ def verify(
 
     The certificate recomputes voxels of the scan from copied blocks, with none of the code that
     segments, and counts the labels that stride 1 would change. It fails, with exit code 1, where a
-    label is another.
+    label is another. What is recomputed is what the model says, before a scan's own organs correct
+    it.
 
     With --coarse-to-fine, a --stride, or both, the scan is segmented with that shortcut and without
-    it, at the model's own stride with every position asked, and the two are compared.
+    it, at the model's own stride with every position asked, and the two are compared; --adapt is
+    for both of them.
     """
     from organfast.certificate import certify
     from organfast.pipeline import Settings
@@ -659,6 +700,11 @@ def verify(
 
     refine = _refine(coarse_to_fine, margin)
     if refine is None and stride is None:
+        if adapt is not None:
+            raise ValueError(
+                f"--{'' if adapt else 'no-'}adapt goes with a shortcut, and the certificate is of "
+                "what the model says before it; give --coarse-to-fine or --stride, or leave it"
+            )
         with _progress() as progress:
             certificate = certify(
                 scan, model, voxels, seed, stride_one=stride_one, threads=threads, progress=progress
@@ -670,7 +716,7 @@ def verify(
         if certificate.flipped_voxels:
             raise typer.Exit(EXIT_INPUT)
         return
-    settings = Settings(stride=_stride(stride), refine=refine)
+    settings = Settings(stride=_stride(stride), refine=refine, adapt=adapt)
     with _progress() as progress:
         found = compare(scan, model, settings, threads=threads, progress=progress)
     _warn(scan, found.warnings)
@@ -713,6 +759,7 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="With -m: another model to compare on the same patients.")
     ] = None,
+    adapt: Adapting = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Of the surface Dice, mm.")] = 2.0,
     blocks: Annotated[
         int, typer.Option(min=0, help="Blocks per class and case to judge by themselves.")
@@ -809,6 +856,7 @@ def evaluate(
     from organfast.layouts import find_cases
     from organfast.learning import Recipe
     from organfast.models.forest import ForestSettings
+    from organfast.pipeline import Settings
     from organfast.scorebook import compare
     from organfast.sweep import model_curve
 
@@ -826,9 +874,12 @@ def evaluate(
         {"--sizes": sizes, "--depths": depths},
         {"--strides": strides, "--slice-steps": slice_steps, "--tree-counts": tree_counts},
     )
+    if curve and adapt is not None:
+        flag = "--adapt" if adapt else "--no-adapt"
+        raise ValueError(f"a curve asks models as they were trained; leave --curve or {flag}")
     sweep = _sweep(strides, slice_steps, tree_counts, seed, is_learned=model is None)
     found = find_cases(dataset, layout)
-    scoring = Scoring(tolerance_mm=tolerance, n_blocks=blocks, seed=seed)
+    scoring = Scoring(tolerance, blocks, Settings(adapt=adapt), seed=seed)
     splits = None if split is None else read_folds(split, found)
     other = None
     swept: Swept | None = None
@@ -1655,6 +1706,7 @@ def _described(model: Model) -> dict[str, Any]:
         "scores": scores,
         **({"card": model.training["card"]} if "card" in model.training else {}),
         "calibration": None if model.calibration is None else model.calibration.to_dict()["kind"],
+        "adapt": None if model.adapt is None else asdict(model.adapt),
         "versions": dict(model.versions),
     }
 
@@ -1673,6 +1725,8 @@ def _describe(model: Model) -> None:
             + _calibration_error(score)
         )
     print(f"calibration: {_calibration_text(model)}")
+    if model.adapt is not None:
+        print("adapts to each scan, unless it is segmented with --no-adapt")
 
 
 def _calibration_error(score: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast import __version__
+from organfast.adaptation import check_adapts
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, Context, pattern_on
 from organfast.calibration import brier_score, log_loss, reliability
@@ -38,7 +39,7 @@ from organfast.layouts import Case, Dataset, case_labels, dataset_classes, find_
 from organfast.learning import Recipe, case_digests, probabilities_at, train
 from organfast.metrics import SCORES, confidence_histogram, confusion, score_labels
 from organfast.models.classifier import Model, load_model, save_model
-from organfast.pipeline import Settings, segment
+from organfast.pipeline import Settings, check_settings, segment
 from organfast.progress import Progress, silent
 from organfast.results import REPORT, too_large
 from organfast.sampling import Split, labelled_scan, sample_positions
@@ -164,11 +165,12 @@ def evaluate(
     InputError
         The model or the dataset cannot be used, or the folder cannot be written to.
     ValueError
-        A patient is not in the dataset.
+        A patient is not in the dataset, or the settings do not fit the model.
     """
     model = model if isinstance(model, Model) else load_model(model)
     dataset = _scans(dataset)
     scoring = scoring or Scoring()
+    check_settings(scoring.settings, model)
     wanted = set(dataset.patients) if patients is None else set(patients)
     unknown = wanted - set(dataset.patients)
     if unknown:
@@ -229,6 +231,8 @@ def cross_validate(
     """
     dataset, scoring = _scans(dataset), scoring or Scoring()
     pattern, recipe = _way(dataset, pattern, recipe or Recipe())
+    if scoring.settings.adapt:
+        check_adapts(recipe.grid)
     splits = _splits(dataset, folds, recipe.seed)
     tested = [[case for case in dataset.cases if case.patient in s.test] for s in splits]
     shelf = Shelf.of(folder)

@@ -308,6 +308,7 @@ class Recipe:
         remedies = {
             "be brought to a working grid": (self.grid.spacing_mm, "use ModelGrid(None)"),
             "be asked by a guide": (self.sampling.guide, "leave the guide"),
+            "be drawn in proportion to a scan": (self.sampling.least_share, "leave least_share"),
             "be altered": (self.augmentation, "leave the augmentation"),
             "be painted": (self.paint or None, "leave paint"),
             "teach a network": (self.network, "learn a forest"),

@@ -24,6 +24,9 @@ forests, on the working grid and native, and 256 x 256 x 120 and 512 x 512 x 200
 # Most slices of positions in a window of levels, and what making levels takes, in levels.
 _RUN = 16
 _SUMS = 2
+# Slices of an adapted scan that are there at once, of all classes: two threads' runs of 16 with
+# what they are corrected by, and those that wait to be taken.
+_ADAPTED = 80
 # A network keeps maps of its own beside the levels.
 _NETWORK = 8
 
@@ -36,7 +39,8 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
         scan voxels      int16 HU, label, confidence, and a byte for each map that is written
                          (no HU of a .nii that is mapped: the system drops what it needs room for)
         model's grid     int16 HU; levels of as many slices as the pattern reaches, thrice
-        positions        float32 for each map that is kept
+        positions        float32 for each map that is kept; adapted, for each class, and some slices
+                         of each class on the model's grid
 
     Parameters
     ----------
@@ -67,11 +71,16 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
     levels = level * (len(model.pattern.widths) + _SUMS)
     if not isinstance(model.classifier, Forest):
         levels *= _NETWORK
+    n_positions = n_grid // math.prod(_stride(model, settings))
+    of_maps, adapted = n_maps * n_positions, 0
+    if settings.adapts(model) is not None:
+        slices = n_cols * n_rows * min(n_slices, _ADAPTED)
+        of_maps, adapted = n_maps * n_grid, len(model.classes) * (n_positions + slices)
     return (
         n * (voxel + label + bool(settings.confidence) + bool(n_maps))
         + n_grid * (0 if model.grid.spacing_mm is None else 2)
         + levels
-        + 4 * n_maps * (n_grid // math.prod(_stride(model, settings)))
+        + 4 * (of_maps + adapted)
     )
 
 

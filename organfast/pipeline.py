@@ -100,7 +100,8 @@ class Settings:
         asks all.
     adapt : Adapt, bool or None
         Let the organs of this scan correct what the classifier said of them, see ``adaptation``.
-        True is in the usual way, None as the model has it. Only for models with a working grid.
+        True is in the model's way or, where it has none, the usual one; None is as the model has
+        it. Only for models with a working grid.
     preset : str or None
         Which preset of the model these settings are, for the record; :meth:`of_preset` says it.
 
@@ -108,7 +109,7 @@ class Settings:
     ------
     ValueError
         The stride or the trees are not whole numbers from 1, one name stands where a tuple belongs,
-        ``refine`` is something else, or labels alone are asked for together with what needs
+        ``refine`` or ``adapt`` is something else, or labels alone are asked for together with what needs
         probabilities.
     """
 
@@ -146,6 +147,20 @@ class Settings:
         if not self.confidence and (self.probabilities or self.refine):
             wish = "probability maps" if self.probabilities else "coarse to fine"
             raise ValueError(f"labels alone leave no probabilities for {wish}; give up one of them")
+
+    def adapts(self, model: Model) -> Adapt | None:
+        """How a scan's own organs correct a model: as these settings wish, or as the model does.
+
+        Parameters
+        ----------
+        model : Model
+            What is asked; its own way also holds where these say True.
+        """
+        if self.adapt is None:
+            return model.adapt
+        if isinstance(self.adapt, Adapt):
+            return self.adapt
+        return (model.adapt or Adapt()) if self.adapt else None
 
     @staticmethod
     def of_preset(model: Model, name: str, settings: Settings | None = None) -> Settings:
@@ -463,7 +478,7 @@ class _Flow:
         warnings = _spacing_warnings(volume, model)
         if mask is not None and not mask.any():
             warnings = (*warnings, "no body was found in this scan, so no organ was looked for")
-        adapt = _adapt(model, settings)
+        adapt = settings.adapts(model)
         labelled = block_grid if adapt is None else BlockGrid(grid_volume.shape, (1, 1, 1))
         enlargement = Enlargement.to_scan(labelled, grid_volume, volume.working.shape)
         return _Flow(
@@ -574,7 +589,7 @@ def check_settings(settings: Settings, model: Model) -> None:
         They do not fit the model.
     """
     _check_labels_alone(settings, model)
-    if _adapt(model, settings) is not None:
+    if settings.adapts(model) is not None:
         check_adapts(model.grid)
     _asked(model, settings)
 
@@ -612,15 +627,6 @@ def _asked(model: Model, settings: Settings) -> Classifier:
     if not isinstance(model.classifier, Forest):
         raise ValueError("trees are of a forest, and the model is a network; leave them")
     return model.classifier.first(settings.trees)
-
-
-def _adapt(model: Model, settings: Settings) -> Adapt | None:
-    """How a scan's own organs correct the classifier: the user's wish, or the model's way."""
-    if settings.adapt is None:
-        return model.adapt
-    if isinstance(settings.adapt, Adapt):
-        return settings.adapt
-    return (model.adapt or Adapt()) if settings.adapt else None
 
 
 def _wanted_labels(classes: ClassTable, settings: Settings) -> frozenset[int]:
