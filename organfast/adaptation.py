@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d, uniform_filter
 
 from organfast.anatomy import ClassTable
 from organfast.errors import is_whole
@@ -132,6 +131,8 @@ class Adaptation:
         how : Adapt
             What counts as core.
         """
+        from scipy.ndimage import gaussian_filter1d
+
         k, i, j = block_grid.centres
         n_classes = coarse.shape[-1]
         counts = np.zeros((n_classes, _N_BINS))
@@ -349,6 +350,8 @@ def _filtered(
 
 
 def _box_mean(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
+    from scipy.ndimage import uniform_filter
+
     mean: NDArray[np.float32] = uniform_filter(values, 2 * radius + 1, mode="nearest")
     return mean
 
