@@ -702,8 +702,8 @@ def verify(
     if refine is None and stride is None:
         if adapt is not None:
             raise ValueError(
-                f"--{'' if adapt else 'no-'}adapt goes with a shortcut, and the certificate is of "
-                "what the model says before it; give --coarse-to-fine or --stride, or leave it"
+                f"{_adapting(adapt)} goes with a shortcut, for the certificate is of what the model "
+                "says before a scan corrects it; give --coarse-to-fine or --stride, or leave it"
             )
         with _progress() as progress:
             certificate = certify(
@@ -873,10 +873,8 @@ def evaluate(
         {"--store": store or None},
         {"--sizes": sizes, "--depths": depths},
         {"--strides": strides, "--slice-steps": slice_steps, "--tree-counts": tree_counts},
+        adapt,
     )
-    if curve and adapt is not None:
-        flag = "--adapt" if adapt else "--no-adapt"
-        raise ValueError(f"a curve asks models as they were trained; leave --curve or {flag}")
     sweep = _sweep(strides, slice_steps, tree_counts, seed, is_learned=model is None)
     found = find_cases(dataset, layout)
     scoring = Scoring(tolerance, blocks, Settings(adapt=adapt), seed=seed)
@@ -1154,6 +1152,10 @@ def _refine(coarse_to_fine: bool | None, margin: float | None) -> Refine | None:
     return Refine() if margin is None else Refine(margin)
 
 
+def _adapting(adapt: bool) -> str:
+    return "--adapt" if adapt else "--no-adapt"
+
+
 def _three_lengths(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(part) for part in text.split(","))
@@ -1277,8 +1279,13 @@ def _check_curve(
     stored: dict[str, Any],
     learned: dict[str, Any],
     either: dict[str, Any],
+    adapt: bool | None,
 ) -> None:
-    """Refuse flags that say nothing without others."""
+    """Refuse flags that say nothing without others, or that a curve does not heed."""
+    if curve and adapt is not None:
+        raise ValueError(
+            f"a curve asks models as they were trained; leave it, or {_adapting(adapt)}"
+        )
     for flag, value in {**stored, **learned, **either}.items():
         if value is None:
             continue

@@ -109,8 +109,8 @@ class Settings:
     ------
     ValueError
         The stride or the trees are not whole numbers from 1, one name stands where a tuple belongs,
-        ``refine`` or ``adapt`` is something else, or labels alone are asked for together with what needs
-        probabilities.
+        ``refine`` or ``adapt`` is something else, or labels alone are asked for together with what
+        needs probabilities.
     """
 
     stride: int | tuple[int, int, int] | None = None
