@@ -702,8 +702,9 @@ def verify(
     if refine is None and stride is None:
         if adapt is not None:
             raise ValueError(
-                f"{_adapting(adapt)} goes with a shortcut, for the certificate is of what the model "
-                "says before a scan corrects it; give --coarse-to-fine or --stride, or leave it"
+                f"{_adapting(adapt)} goes with a shortcut, for the certificate is of what the "
+                "model says before a scan corrects it; give --coarse-to-fine or --stride, or leave "
+                "it"
             )
         with _progress() as progress:
             certificate = certify(

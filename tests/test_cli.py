@@ -458,6 +458,7 @@ def test_run_json_tells_how_but_not_where(segmented: Segmented, model_file: Path
     assert record["settings"] == {
         "preset": None,
         "trees": None,
+        "adapt": None,
         "stride": [3, 3, 2],
         "organs": ["liver", "lung_left"],
         "cleaning": {"keep": "largest", "dust_ml": 0.5, "fill_holes": True},
@@ -467,6 +468,7 @@ def test_run_json_tells_how_but_not_where(segmented: Segmented, model_file: Path
         "refine": None,
         "confidence": True,
     }
+    assert record["adapted"] is None
     positions = record["positions"]
     assert positions["n_asked"] == positions["n_inside"] > 1000
     assert positions["share_asked"] == 1
@@ -1370,6 +1372,28 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "layout": ((*TRAIN, "--layout", "piles"), "'piles' is unknown"),
     "seed": ((*TRAIN, "--seed", "-1"), "seed is -1"),
     "trees": ((*TRAIN, "--trees", "0"), "--trees"),
+    "share": ((*TRAIN, "--least-share", "2"), "least_share is 2.0; give a share"),
+    "two shares": (
+        (*TRAIN, "--least-share", "0.02", "--context-factor", "3"),
+        "--context-factor.*says nothing where --least-share does",
+    ),
+    "native and adapting": (
+        (*TRAIN, "--spacing", "native", "--adapt"),
+        "adapting to a scan needs a model with a working grid.*leave adapt off",
+    ),
+    "native folds and adapting": (
+        ("evaluate", "COHORT", "--folds", "2", "--spacing", "native", "--adapt"),
+        "adapting to a scan needs a model with a working grid",
+    ),
+    "adapting a certificate": (
+        ("verify", "SCAN", "-m", "MODEL", "--no-adapt"),
+        "--no-adapt goes with a shortcut.*give --coarse-to-fine or --stride",
+    ),
+    "adapting a curve": (
+        ("evaluate", "COHORT", "-m", "MODEL", "--curve", "--adapt"),
+        "a curve asks models as they were trained; leave it, or --adapt",
+    ),
+    "labels of what adapts": ((*SEGMENT, "--adapt", "--labels-only"), "labels alone need a model"),
 }
 
 

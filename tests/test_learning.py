@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from organfast import learning
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation
 from organfast.blocks import Block
@@ -27,7 +28,7 @@ from organfast.models.forest import ForestSettings
 from organfast.painting import paint
 from organfast.phantom import FieldOfView, class_labels, phantom, phantom_table
 from organfast.pipeline import segment
-from organfast.sampling import LabelledScan, Split, slabs_at
+from organfast.sampling import LabelledScan, Split, labelled_scan, slabs_at
 
 FIELD = FieldOfView((72, 72, 40), (5.0, 5.0, 12.0))
 GRID = ModelGrid((6.5, 6.0, 10.0), "piecewise")
@@ -222,6 +223,48 @@ def test_copies_that_alter_nothing_are_the_case_drawn_again(model: Model, fine_c
     np.testing.assert_array_equal(none.classifier.nodes, model.classifier.nodes)
 
 
+# --- drawn in proportion --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("least_share", [0.001, 0.05, 1.0])
+def test_positions_are_in_proportion_to_voxels_with_a_floor(least_share: float) -> None:
+    sampling = Sampling(least_share=least_share)
+    counts = np.array([10**6, 20_000, 5_000, 900, 0])  # the air outside, half a body, ...
+    found = sampling.in_proportion(counts, 10)
+    for label, n in enumerate(found):
+        share = 0.0 if label == 0 else counts[label] / 20_000
+        assert n == round(10 * max(share, least_share) / least_share)
+    assert min(found) == 10
+    assert sum(found[1:]) <= sampling.most_examples([10] * 5)
+    assert sampling.in_proportion(np.zeros(3, int), 4) == [4, 4, 4]
+
+
+def test_without_a_floor_there_are_as_many_examples_as_are_asked_for() -> None:
+    assert Sampling().most_examples([100, 300, 100]) == 500
+
+
+def test_a_model_of_classes_in_proportion(fine_cases: Path) -> None:
+    """Counted again in each case; what is beside the classes is drawn by itself."""
+    sampling = Sampling(least_share=0.1)
+    model = learn(fine_cases, n_per_class=20, sampling=sampling, context_factor=7, adapt=Adapt())
+    record, beside = model.training, tuple(model.training["nuisance"])
+    names = (*DEFAULT.names, *beside)
+    assert record["n_of_each_class"] == [20] * len(names)
+    assert record["sampling"]["least_share"] == 0.1
+    assert model.adapt == Adapt()
+    expected = 0
+    dataset = find_cases(fine_cases)
+    for case in dataset.cases:
+        if case.patient in SPLIT.train:
+            scan = labelled_scan(case, DEFAULT, GRID, dataset_nuisance(dataset, DEFAULT))
+            n_voxels = np.array([(scan.labels == n).sum() for n in range(len(names))])
+            most = n_voxels[1:].max()
+            for label, n in enumerate(n_voxels):
+                share = 0.1 if label == 0 else max(n / most, 0.1)
+                expected += min(n, round(20 / 0.1 * share))
+    assert record["n_examples"] == expected
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -253,6 +296,9 @@ def test_a_table_that_the_dataset_lacks_is_refused(fine_cases: Path) -> None:
         (lambda: Sampling(n_per_nuisance=0), "n_per_nuisance is 0"),
         (lambda: Sampling(guided_share=1.5), "guided_share is 1.5"),
         (lambda: Sampling(guided_share=float("nan")), "guided_share is nan"),
+        (lambda: Sampling(least_share=0), "least_share is 0; give a share"),
+        (lambda: Sampling(least_share=1.01), "least_share is 1.01"),
+        (lambda: Sampling(least_share=float("nan")), "least_share is nan"),
         (lambda: Recipe(max_memory_gb=0), "max_memory_gb is 0"),
         (lambda: Recipe(max_memory_gb=float("nan")), "max_memory_gb is nan"),
     ],
@@ -275,10 +321,16 @@ def test_the_flags_of_train_reach_the_recipe(
     command = ["train", str(fine_cases), "-o", str(out), "--classes", str(tmp_path / "t.csv")]
     command += ["--block-size", "3", "--spacing", "6.5,6,10", "--n-per-class", "5", "--trees", "2"]
     flags = ["--no-nuisance", "--guide", str(guide), "--augment", "1", "--max-memory", "500MB"]
+    flags += ["--adapt", "--least-share", "0.5"]
     assert run([*command, *flags]) == 0, capsys.readouterr().err
     record = load_model(out).training
     assert record["sampling"]["guide"] == model.digest
     assert record["sampling"]["nuisance"] is False
+    assert record["sampling"]["least_share"] == 0.5
+    assert load_model(out).adapt == Adapt()
+    assert "adapts to each scan" in capsys.readouterr().out
+    assert run(["info", str(out)]) == 0
+    assert "adapt         own_hu True, core 0.7, least_core 20" in capsys.readouterr().out
     assert record["augmentation"]["copies"] == 1
     capsys.readouterr()
     for flag, code, words in (

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block
 from organfast.errors import InputError
@@ -154,9 +155,59 @@ def test_the_digest_tells_models_apart() -> None:
         replace(model, stride=(1, 3, 3)),
         replace(model, training={**TRAINING, "seed": 4}),
         replace(model, scores={}),
+        replace(model, adapt=Adapt()),
+        replace(model, adapt=Adapt(radius=2)),
     ]
-    assert len({m.digest for m in [model, *others]}) == 7
+    assert len({m.digest for m in [model, *others]}) == 9
     assert small().digest == model.digest
+
+
+def test_how_it_adapts_comes_back_and_is_not_in_the_file_of_a_model_that_does_not(
+    tmp_path: Path,
+) -> None:
+    model = replace(small(), adapt=Adapt(core=0.8, least_core=7, radius=2, edge_hu=30))
+    save_model(model, tmp_path / "m.organfast")
+    back = load_model(tmp_path / "m.organfast")
+    assert back.adapt == model.adapt
+    assert back.digest == model.digest
+    # A model that does not has the bytes, and the digest, of before there was any adapting.
+    header, arrays = parts(small_bytes())
+    assert "adapt" not in header
+    path = tmp_path / "null.organfast"
+    path.write_bytes(joined({**header, "adapt": None}, arrays))
+    assert load_model(path).digest == small().digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radius": 99}, "radius is 99"),
+        ({"radius": True}, "adapt is missing, or not"),
+        ({"edge_hu": "20"}, "adapt is missing, or not"),
+        ({"edge_hu": -1}, "edge_hu is -1"),
+        ({"own_hu": 1}, "adapt is missing, or not"),
+        ({"core": None}, "adapt is missing, or not"),
+        ({"core": float("nan")}, "is not an organfast model"),
+        ({"novelty": 1}, "adapt is missing, or not"),
+    ],
+)
+def test_a_tampered_way_to_adapt_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    header, arrays = parts(small_bytes())
+    usual = asdict(Adapt())
+    path = tmp_path / "m.organfast"
+    path.write_bytes(joined({**header, "adapt": {**usual, **change}}, arrays))
+    with pytest.raises(InputError, match=message):
+        load_model(path)
+
+
+@pytest.mark.parametrize("given", [[], 1, {}, {"radius": 1}])
+def test_what_is_no_way_to_adapt_is_refused(given: Any, tmp_path: Path) -> None:
+    header, arrays = parts(small_bytes())
+    (tmp_path / "m.organfast").write_bytes(joined({**header, "adapt": given}, arrays))
+    with pytest.raises(InputError, match="adapt"):
+        load_model(tmp_path / "m.organfast")
 
 
 def test_a_forest_without_mixed_leaves_comes_back(tmp_path: Path) -> None:
@@ -219,6 +270,7 @@ def test_a_hundred_unlimited_trees_load_well_under_a_second(tmp_path: Path) -> N
     [
         ({"classes": ClassTable.default()}, "tells 4 classes apart, the class table has 23"),
         ({"pattern": Block(5, (1, 5))}, "other voxels"),
+        ({"adapt": Adapt(), "grid": ModelGrid()}, "adapting to a scan needs"),
         ({"stride": (1, 4)}, r"stride is \(1, 4\)"),
         ({"stride": (0, 4, 4)}, r"stride is \(0, 4, 4\)"),
         ({"stride": (1, 4.5, 4)}, r"stride is \(1, 4.5, 4\)"),

@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from test_volume import ORIENTATIONS
 
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
 from organfast.blocks import Block, gather_blocks
 from organfast.errors import InputError
@@ -594,6 +595,80 @@ def test_coarse_to_fine_asks_less_and_says_how_much(
         assert positions["share_asked"] == positions["n_asked"] / positions["n_inside"] < 0.95
         # These organs are a few positions wide: it is not the shortcut's best case.
         assert 0 < (found.labels != results[grid].labels).mean() < 0.05
+
+
+ADAPTED = Settings(adapt=True, probabilities=("liver",))
+
+
+@pytest.fixture(scope="module")
+def adapted(models: dict[str, Model], unseen: Patient) -> Result:
+    return segment(unseen.scan, models["working"], ADAPTED)
+
+
+def test_a_scan_s_own_organs_correct_the_labels_and_the_record_says_so(
+    adapted: Result, models: dict[str, Model], unseen: Patient, results: dict[str, Result]
+) -> None:
+    model, plain = models["working"], results["working"]
+    assert plain.record["adapted"] is None
+    assert plain.record["settings"]["adapt"] is None
+    record = json.loads(json.dumps(adapted.record))
+    assert record["settings"]["adapt"] == asdict(Adapt())
+    told = record["adapted"]
+    assert {name: told[name] for name in asdict(Adapt())} == asdict(Adapt())
+    organs = {model.classes.names[n] for n in model.classes.organs}
+    assert set(told["core_positions"]).isdisjoint(told["abstained"])
+    assert set(told["core_positions"]) | set(told["abstained"]) == organs
+    assert told["core_positions"]["lung_left"] >= Adapt().least_core
+    assert adapted.record["positions"] == plain.record["positions"]
+    assert 0 < (adapted.labels != plain.labels).mean() < 0.2
+    assert adapted.confidence is not None
+    off = segment(unseen.scan, model, Settings(adapt=False))
+    assert_same(off, plain)
+    # Lungs have HU that nothing beside them has: they come no further from the truth.
+    for name in ("lung_left", "lung_right"):
+        label = model.classes.index(name)
+        dice = [dice_per_class(unseen.labels, r.labels, 23)[label] for r in (plain, adapted)]
+        assert dice[1] > dice[0], name
+
+
+def test_what_is_adapted_depends_on_no_thread_and_is_as_probable_again(
+    adapted: Result, models: dict[str, Model], unseen: Patient
+) -> None:
+    assert_same(segment(unseen.scan, models["working"], ADAPTED, threads=3), adapted)
+    again = segment(unseen.scan, models["working"], Settings(adapt=True), threads=2)
+    np.testing.assert_array_equal(again.labels, adapted.labels)
+    np.testing.assert_array_equal(again.probability("liver"), adapted.probability("liver"))
+
+
+def test_a_model_s_own_way_to_adapt_holds_unless_asked_otherwise(
+    models: dict[str, Model], unseen: Patient, results: dict[str, Result], tmp_path: Path
+) -> None:
+    own, other = Adapt(least_core=10, edge_hu=50), Adapt(radius=0)
+    save_model(replace(models["working"], adapt=own), tmp_path / "m.organfast")
+    model = load_model(tmp_path / "m.organfast")
+    for wish, expected in ((None, own), (True, own), (other, other), (False, None)):
+        assert Settings(adapt=wish).adapts(model) == expected
+    assert Settings(adapt=True).adapts(models["working"]) == Adapt()
+    few = Volume(unseen.scan.hu[:, :, 8:20], unseen.scan.affine)
+    found = segment(few, model)
+    assert found.record["settings"]["adapt"] == asdict(own)
+    np.testing.assert_array_equal(
+        segment(few, models["working"], Settings(adapt=own)).labels, found.labels
+    )
+    without = segment(unseen.scan, model, Settings(adapt=False))
+    np.testing.assert_array_equal(without.labels, results["working"].labels)
+
+
+def test_adapting_on_a_scan_s_own_pixels_is_refused(native: Model, unseen: Patient) -> None:
+    for settings in (Settings(adapt=True), Settings(adapt=Adapt())):
+        with pytest.raises(ValueError, match="needs a model with a working grid"):
+            segment(unseen.scan, native, settings)
+        with pytest.raises(ValueError, match="needs a model with a working grid"):
+            list(segment_many([], native, settings))
+    with pytest.raises(ValueError, match="needs a model with a working grid"):
+        Recipe(grid=ModelGrid(None), adapt=Adapt())
+    with pytest.raises(ValueError, match=r"adapt is 1; give Adapt\(\), True, False or None"):
+        Settings(adapt=1)  # type: ignore[arg-type]
 
 
 ALONE = Settings(1, confidence=False)

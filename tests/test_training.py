@@ -325,6 +325,26 @@ def test_batches_are_balanced_over_classes_and_patients() -> None:
         assert {(*p, y) for p, y in kept} <= have
 
 
+def test_positions_that_are_drawn_alike_are_so_whoever_they_are_of() -> None:
+    """Each class by its weight, and within it every position as often: counted."""
+    cases = [_case("a", [0] * 90 + [1] * 4, 1), _case("b", [0] * 10 + [1] * 36 + [2] * 5, 2)]
+    data = TrainingData(cases, [], 3, class_weights=[100, 40, 5], patients_alike=False)
+    examples = Examples.of(data)
+    batch_of = jax.jit(lambda key: drawn(key, 145, examples))
+    picked = np.concatenate([batch_of(jax.random.key(n)) for n in range(300)])
+    assert len(np.unique(picked)) == 145
+    times = np.bincount(picked, minlength=145) / 300
+    np.testing.assert_allclose(times, 1, atol=0.35)  # 5 deviations of a mean of 300
+    for label, n in enumerate((100, 40, 5)):
+        np.testing.assert_allclose(times[examples.labels == label].sum(), n, atol=1e-9)
+    of_a = (examples.cases == 0) & (examples.labels == 1)
+    np.testing.assert_allclose(times[of_a].sum(), 4, atol=0.3)  # and 20 if patients were alike
+    alike = replace(data, patients_alike=True)
+    assert alike.digest() != data.digest()
+    assert float(Examples.of(alike).edges[0]) == pytest.approx(50 / 145)
+    assert float(examples.edges[0]) == pytest.approx(90 / 145)
+
+
 def test_what_cannot_be_learned_from_is_refused() -> None:
     case, other = _case("a", [0, 1]), _case("b", [1])
     for problem, given in (
