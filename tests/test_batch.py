@@ -475,6 +475,35 @@ def test_bytes_of_a_scan_are_counted_from_its_header(archive: Path, model_file: 
     assert mapped - small == n + 4 * (n // math.prod(model.stride))
     assert small >= n * (2 + 1 + 1 + 2)
     assert scan_bytes(archive / "missing.nii", model, of.Settings()) is None
+    adapted = scan_bytes(archive / "a.nii.gz", model, of.Settings(adapt=True))
+    assert adapted is not None
+    # A float32 of each class at each position and, of so few slices, at each voxel.
+    assert adapted - small == 4 * len(model.classes) * (n + n // math.prod(model.stride))
+    own = replace(model, adapt=of.Adapt())
+    assert scan_bytes(archive / "a.nii.gz", own, of.Settings()) == adapted
+
+
+def test_workers_of_a_batch_adapt_as_a_single_scan_does(
+    archive: Path, model_file: Path, tmp_path: Path
+) -> None:
+    out, one = tmp_path / "out", tmp_path / "one"
+    command = ["segment", "-m", str(model_file), "--adapt", "--no-preview", "--threads", "2"]
+    scans = [f"-i{archive / name}" for name in ("p1/ct.nii.gz", "q.nii")]
+    assert run([*command, *scans, "-o", str(out), "--workers", "2"]) == 0
+    assert run([*command, f"-i{archive / 'q.nii'}", "-o", str(one)]) == 0
+    assert [line["parameters"]["adapt"] for line in lines(out)] == [True, True]
+    for name in ("segmentation.nii.gz", "run.json"):
+        assert (out / "q" / name).read_bytes() == (one / name).read_bytes()
+    record = json.loads((one / "run.json").read_text())
+    assert record["settings"]["adapt"]["core"] == 0.7
+    assert set(record["adapted"]) >= {"core_positions", "abstained"}
+    # Without it, it is another result, and made anew.
+    stamp = (out / "q" / "run.json").stat().st_mtime_ns
+    without = ["segment", "-m", str(model_file), "--no-adapt", "--no-preview"]
+    assert run([*without, *scans, "-o", str(out)]) == 0
+    assert [line["parameters"]["adapt"] for line in lines(out)] == [False, False]
+    assert (out / "q" / "run.json").stat().st_mtime_ns > stamp
+    assert json.loads((out / "q" / "run.json").read_text())["adapted"] is None
 
 
 MEASURE = """
@@ -485,22 +514,24 @@ from organfast.memory import LIBRARIES, resident_bytes, scan_bytes
 from organfast.results import peak_memory_mb
 scan, out = sys.argv[1], sys.argv[3]
 model = of.load_model(sys.argv[2])
+settings = of.Settings(adapt=sys.argv[4] == "adapted")
 before = resident_bytes()
-Outputs(preview=False).save(of.segment(scan, model), out)
-sys.stdout.write(f"{LIBRARIES + scan_bytes(scan, model, of.Settings())} ")
+Outputs(preview=False).save(of.segment(scan, model, settings, threads=2), out)
+sys.stdout.write(f"{LIBRARIES + scan_bytes(scan, model, settings)} ")
 sys.stdout.write(f"{peak_memory_mb() * 2**20 - before}")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_the_estimate_covers_what_a_scan_takes(model_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["plain", "adapted"])
+def test_the_estimate_covers_what_a_scan_takes(model_file: Path, tmp_path: Path, how: str) -> None:
     """And is not so far above it that half of the memory would stay unused."""
     hu = np.full((320, 320, 200), -1000, np.int16, order="F")
     hu[40:280, 60:260] = 40
     scan = tmp_path / "scan.nii.gz"
     write_volume(scan, of.Volume(hu, np.diag([1.2, 1.2, 2.0, 1.0])))
     measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(scan), str(model_file), str(tmp_path / "out")],
+        [sys.executable, "-c", MEASURE, str(scan), str(model_file), str(tmp_path / "out"), how],
         capture_output=True,
         text=True,
         check=True,
