@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from organfast import __version__
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
 from organfast.cli import run
-from organfast.models.classifier import load_model
+from organfast.models.classifier import load_model, save_model
 from organfast.nifti import write_volume
 from organfast.volume import Volume
 
@@ -969,6 +970,57 @@ def test_verify_tells_what_a_shortcut_changes(
     assert re.fullmatch(r"  \d+\.\d\d% of those that are an organ in either", lines[-3])
     assert re.fullmatch(r"positions asked: \d+ of \d+, 1\d\.\d\d%", lines[-2])
     assert re.fullmatch(r"classified in \S+ s instead of \S+ s: \S+x as fast", lines[-1])
+
+
+def test_a_scan_may_correct_the_labels_wherever_it_is_segmented(
+    cli: Command, scan_file: Path, model_file: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    with_it = tmp_path / "adapting.organfast"
+    save_model(replace(load_model(model_file), adapt=Adapt()), with_it)
+    stride = ("--stride", "4,4,2", "--json")
+    asked, own, off, plain = (
+        json.loads(cli("locate", "-i", scan_file, "-m", model, *stride, *flag).out)["organs"]
+        for model, flag in (
+            (model_file, ["--adapt"]), (with_it, []), (with_it, ["--no-adapt"]), (model_file, [])
+        )
+    )  # fmt: skip
+    assert asked == own != plain == off
+    ran = cli("verify", scan_file, "-m", model_file, *stride, "--adapt")
+    assert ran.code == 0
+    assert json.loads(ran.out)["settings"]["adapt"]["core"] == 0.7
+    one = tmp_path / "split.json"
+    one.write_text('{"train": ["phantom_000"], "test": ["phantom_001"]}')
+    scored = []
+    for flag in ("--adapt", "--no-adapt"):
+        how = ("--split", one, "--blocks", 0, "--json", flag)
+        ran = cli("evaluate", cohort_folder, "-m", model_file, *how)
+        assert ran.code == 0, ran.err
+        assert json.loads(ran.out)["how"]["settings"]["adapt"] is (flag == "--adapt")
+        scored.append(json.loads(ran.out)["cases"])
+    assert len(scored[0]) == len(scored[1]) == 1
+    assert scored[0] != scored[1]
+    told = json.loads(cli("info", with_it, "--json").out)
+    assert told["adapt"] == asdict(Adapt())
+    assert json.loads(cli("info", model_file, "--json").out)["adapt"] is None
+
+
+def test_a_model_on_a_scan_s_own_pixels_does_not_adapt(
+    cli: Command, scan_file: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    native = tmp_path / "native.organfast"
+    how = ("--block-size", 5, "--spacing", "native", "--trees", 2, "--n-per-class", 10)
+    assert cli("train", cohort_folder, "-o", native, *how).code == 0
+    for command in (
+        ("segment", "-i", scan_file, "-o", tmp_path / "out", "-m", native, "--adapt"),
+        ("segment", "-i", cohort_folder, "-o", tmp_path / "out", "-m", native, "--adapt"),
+        ("locate", "-i", scan_file, "-m", native, "--adapt"),
+        ("verify", scan_file, "-m", native, "--stride", 9, "--adapt"),
+        ("evaluate", cohort_folder, "-m", native, "--adapt"),
+    ):
+        ran = cli(*command)
+        assert ran.code == 2
+        assert re.match("adapting to a scan needs a model with a working grid", ran.line)
+        assert not (tmp_path / "out").exists()
 
 
 def test_info_of_a_model(cli: Command, model_file: Path) -> None:

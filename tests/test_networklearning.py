@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from organfast import probability
+from organfast.adaptation import Adapt
 from organfast.blocks import Block, Context
 from organfast.cli import run
 from organfast.errors import InputError
@@ -45,6 +46,25 @@ def network_file(cohort_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def truth(cohort_folder: Path) -> np.ndarray:
     return np.asanyarray(nib.load(cohort_folder / "phantom_001" / "labels.nii.gz").dataobj)
+
+
+def test_it_learns_classes_in_proportion_and_to_adapt(
+    cohort_folder: Path, scan_file: Path, tmp_path: Path
+) -> None:
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["phantom_000", "phantom_002"], "validation": []}')
+    arguments = ("--model", "cnn", "--spacing", "5,5,8", "--block-size", "9", "--levels", "1,3")
+    how = ("--steps", "3", "--split", str(split), "--n-per-class", "20", "--least-share", "0.2")
+    path = tmp_path / "m.organfast"
+    assert run(["train", str(cohort_folder), "-o", str(path), *arguments, *how, "--adapt"]) == 0
+    model = load_model(path)
+    assert model.adapt == Adapt()
+    assert model.training["sampling"]["least_share"] == 0.2
+    # At most five times as many of each class as of the rarest, in each of two cases.
+    n = len(model.classes)
+    assert 2 * 20 * n / 2 < model.training["n_examples"] <= 2 * 20 * (n + 2 * 5)
+    found = segment(scan_file, model, Settings(stride=6))
+    assert found.record["adapted"]["core"] == 0.7
 
 
 def test_it_tells_organs_of_a_patient_it_has_not_seen(
