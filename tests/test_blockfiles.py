@@ -252,6 +252,11 @@ def test_what_blocks_cannot_be_used_for_is_said(tmp_path: Path) -> None:
         (None, of.Recipe(), "working grid; use ModelGrid"),
         (None, of.Recipe(grid=ModelGrid(None), augmentation=of.Augmentation()), "be altered"),
         (None, of.Recipe(grid=ModelGrid(None), network=of.NetworkRecipe()), "teach a network"),
+        (
+            None,
+            of.Recipe(grid=ModelGrid(None), sampling=of.Sampling(least_share=0.1)),
+            "be drawn in proportion to a scan; leave least_share",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             of.train(tmp_path, pattern, recipe)
