@@ -6,20 +6,22 @@ Used by ``train_starter.py``; each figure goes to ``benchmarks/results/starter.j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from organfast.adaptation import Adapt
-from organfast.evaluation import Scoring, evaluate
-from organfast.layouts import Dataset, case_labels, find_cases
+from organfast.evaluation import evaluate
+from organfast.layouts import case_labels, find_cases
 from organfast.metrics import dice_per_class
 from organfast.models.classifier import Model
 from organfast.nifti import read_scan
 from organfast.pipeline import Settings, segment
+from organfast.results import Result
 from organfast.scorebook import Evaluation
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
@@ -34,24 +36,24 @@ GOOD_DICE = 0.7
 RISK = 0.1
 
 
-def scores(
-    model: Model, dataset: Path | Dataset, patients: Sequence[str], told: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A row of the results: means over patients, and of each step after the classifier."""
+def scores(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """A row of the results: means over patients."""
     found = evaluate(model, dataset, patients=patients, threads=2)
-    row = {
-        "n_patients": len(found.patients),
-        **told,
-        **{score: by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")},
-        "steps_after": {},
-    }
+    row = {score: by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")}
+    return {"n_patients": len(found.patients), **row, "means": means(row["dice"])}
+
+
+def each_step(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """Mean Dice as each step after the classifier leaves it."""
+    found: dict[str, Any] = {}
     for step, adapt in STEPS.items():
-        other = found
-        if adapt is not True:
-            scoring = Scoring(settings=Settings(adapt=adapt))
-            other = evaluate(model, dataset, scoring, patients=patients, threads=2)
-        row["steps_after"][step] = means(by_organ(other, "dice"))
-    return row
+        by_patient = [
+            dice for _, dice in _segmented(model, dataset, patients, Settings(adapt=adapt))
+        ]
+        mean = np.nanmean(by_patient, axis=0)
+        named = {model.classes.names[n]: float(mean[n]) for n in model.classes.organs}
+        found[step] = means({name: dice for name, dice in named.items() if not np.isnan(dice)})
+    return found
 
 
 def by_organ(found: Evaluation, score: str) -> dict[str, float]:
@@ -73,19 +75,25 @@ def means(dice: Mapping[str, float]) -> dict[str, float]:
 
 def certainties(model: Model, dataset: Path, patients: Sequence[str]) -> list[list[float]]:
     """(mean probability, Dice) of each organ that is reported of each patient."""
-    rows = []
+    return [
+        [round(organ.confidence, 3), round(float(dice[organ.label]), 3)]
+        for result, dice in _segmented(model, dataset, patients, Settings())
+        for organ in result.organs.values()
+        if organ.present and organ.confidence is not None
+    ]
+
+
+def _segmented(
+    model: Model, dataset: Path, patients: Sequence[str], settings: Settings
+) -> Iterator[tuple[Result, NDArray[np.float64]]]:
+    """Each patient segmented, and the Dice of every class."""
+    n = len(model.classes)
     for case in find_cases(dataset).cases:
-        if case.patient not in patients:
-            continue
-        scan = read_scan(case.image)
-        result = segment(scan, model, threads=2)
-        truth = case_labels(case, model.classes, scan.volume).labels
-        n = len(model.classes)
-        dice = dice_per_class(np.minimum(truth, n), result.labels, n + 1)
-        for organ in result.organs.values():
-            if organ.present and organ.confidence is not None:
-                rows.append([round(organ.confidence, 3), round(float(dice[organ.label]), 3)])
-    return rows
+        if case.patient in patients:
+            scan = read_scan(case.image)
+            result = segment(scan, model, settings, threads=2)
+            truth = case_labels(case, model.classes, scan.volume).labels
+            yield result, dice_per_class(np.minimum(truth, n), result.labels, n + 1)
 
 
 def sure_from(rows: Sequence[Sequence[float]]) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from starter_scores import certainties, kept, scores, with_sureness
+from starter_scores import certainties, each_step, kept, scores, with_sureness
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
@@ -187,16 +187,19 @@ def _is_wanted(case: str, anatomies: list[str], given: argparse.Namespace) -> bo
 
 def judge(model: Model, given: argparse.Namespace) -> None:
     """Keep how well a model does on what it was trained without: the scan, and painted copies."""
-    told = {"steps": given.steps}
-    what = f", {given.told}" if given.told else ""
+    special = f", {given.told}" if given.told else ""
     painted = [f"{given.without}-painted-{n:03d}" for n in range(N_JUDGED)]
-    cases, rows = given.work / "cases", {}
-    rows[f"{given.without}, painted{what}"] = scores(model, cases, painted, told)
-    if not what:
-        rows[f"{given.without}, painted"]["certainties"] = certainties(model, cases, painted)
+    judged_by = {"painted": (given.work / "cases", painted)}
     if given.without in SCANS:
-        labelled = given.data / "labelled"
-        rows[f"{given.without}, scan{what}"] = scores(model, labelled, [given.without], told)
+        judged_by["scan"] = given.data / "labelled", [given.without]
+    rows = {}
+    for kind, (folder, patients) in judged_by.items():
+        row = rows[f"{given.without}, {kind}{special}"] = scores(model, folder, patients)
+        row["steps"] = given.steps
+        if not special:
+            row["steps_after"] = each_step(model, folder, patients)
+            if kind == "painted":
+                row["certainties"] = certainties(model, folder, patients)
     for key, row in rows.items():
         print(key, json.dumps({k: v for k, v in row.items() if k != "certainties"}), flush=True)
     kept(rows)
