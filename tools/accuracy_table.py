@@ -132,7 +132,7 @@ def starter_tables(results: Mapping[str, Any]) -> dict[str, str]:
     special = {name: row for name, row in results.items() if name.count(", ") > 1}
     return {
         "starter": _organ_table(whole),
-        "starter-steps": _step_table(whole),
+        "starter-steps": _step_table({n: r for n, r in whole.items() if "steps_after" in r}),
         "starter-curve": _curve_table(special),
     }
 

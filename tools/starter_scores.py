@@ -50,9 +50,9 @@ def each_step(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str,
         by_patient = [
             dice for _, dice in _segmented(model, dataset, patients, Settings(adapt=adapt))
         ]
-        mean = np.nanmean(by_patient, axis=0)
-        named = {model.classes.names[n]: float(mean[n]) for n in model.classes.organs}
-        found[step] = means({name: dice for name, dice in named.items() if not np.isnan(dice)})
+        columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
+        scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
+        found[step] = means({model.classes.names[n]: float(np.nanmean(c)) for n, c in scored})
     return found
 
 

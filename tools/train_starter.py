@@ -196,10 +196,10 @@ def judge(model: Model, given: argparse.Namespace) -> None:
     for kind, (folder, patients) in judged_by.items():
         row = rows[f"{given.without}, {kind}{special}"] = scores(model, folder, patients)
         row["steps"] = given.steps
-        if not special:
+        if not special and given.without in SCANS:
             row["steps_after"] = each_step(model, folder, patients)
-            if kind == "painted":
-                row["certainties"] = certainties(model, folder, patients)
+        if not special and kind == "painted":
+            row["certainties"] = certainties(model, folder, patients)
     for key, row in rows.items():
         print(key, json.dumps({k: v for k, v in row.items() if k != "certainties"}), flush=True)
     kept(rows)
