@@ -1,6 +1,6 @@
 """Draw a painted patient whose anatomy a model never saw: the truth above, what it found below.
 
-python tools/starter_pictures.py MODEL CASES s0328-painted-000 -o benchmarks/results/starter_painted.png
+python tools/starter_pictures.py MODEL CASES s0328-painted-000 -o painted.png
 """
 
 from __future__ import annotations
