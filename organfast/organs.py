@@ -46,16 +46,23 @@ class Presence:
         Smallest volume.
     min_confidence : float
         Smallest mean probability of the organ over its voxels, 0..1.
+    sure : float or None
+        An organ that is present with a smaller mean probability gets a warning that starts with
+        "not sure"; what a model learned of itself. None warns of
+        nothing.
     """
 
     min_ml: float = 0.5
     min_confidence: float = 0.2
+    sure: float | None = None
 
     def __post_init__(self) -> None:
         if not self.min_ml >= 0:
             raise ValueError(f"min_ml {self.min_ml} is negative; use 0 ml or more")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence {self.min_confidence} is outside 0..1")
+        if self.sure is not None and not 0 <= self.sure <= 1:
+            raise ValueError(f"sure {self.sure} is outside 0..1")
 
 
 @dataclass(frozen=True)
@@ -310,7 +317,16 @@ def _judge(organ: Organ, presence: Presence) -> Organ:
         warnings.append(
             f"mean probability {organ.confidence:.2f} is below {presence.min_confidence:.2f}"
         )
-    return replace(organ, present=not warnings, warnings=tuple(warnings))
+    is_present = not warnings
+    if is_present and _is_doubtful(organ.confidence, presence.sure):
+        warnings.append(
+            f"not sure: mean probability {organ.confidence:.2f} is below {presence.sure:.2f}"
+        )
+    return replace(organ, present=is_present, warnings=tuple(warnings))
+
+
+def _is_doubtful(confidence: float | None, sure: float | None) -> bool:
+    return confidence is not None and sure is not None and confidence < sure
 
 
 def _audit_sides(organs: dict[str, Organ], classes: ClassTable) -> dict[str, Organ]:

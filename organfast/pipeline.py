@@ -41,7 +41,7 @@ from organfast.grid import BlockGrid, GridVolume
 from organfast.models.classifier import Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
-from organfast.organs import Organ, measure_organs
+from organfast.organs import Organ, Presence, measure_organs
 from organfast.probability import (
     Classifier,
     Enlargement,
@@ -422,7 +422,8 @@ def _segment(
         cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
         position = evidence.position if evidence else None
-        organs = measure_organs(labels, confidence, volume, classes, position)
+        presence = Presence(sure=model.sure)
+        organs = measure_organs(labels, confidence, volume, classes, position, presence)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         keep_labels(labels, wanted)
     return Result(

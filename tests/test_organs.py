@@ -238,6 +238,22 @@ def test_moving_the_affine_moves_boxes_in_mm_and_nothing_in_voxels(
         np.testing.assert_allclose(there[name].centroid_mm, np.add(organ.centroid_mm, shift))
 
 
+def test_an_organ_that_is_less_probable_than_the_sure_ones_stays_and_is_doubted() -> None:
+    labels = torso()
+    volume = scan(labels.shape[::-1], CUBE)
+    certainty = np.full(labels.shape, 128, np.uint8)  # 0.50
+    calm, doubting = (
+        measure_organs(labels, certainty, volume, TABLE, presence=Presence(min_ml=0, sure=sure))
+        for sure in (0.5, 0.6)
+    )
+    for name, organ in calm.items():
+        assert not any(w.startswith("not sure") for w in organ.warnings)
+        assert doubting[name].present == organ.present
+        expected = ("not sure: mean probability 0.50 is below 0.60",) if organ.present else ()
+        assert tuple(w for w in doubting[name].warnings if w.startswith("not sure")) == expected
+    assert any(organ.present for organ in calm.values())
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     labels = torso()
     volume = scan(labels.shape[::-1], CUBE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from organfast.metrics import dice_per_class
 from organfast.models.classifier import load_model
 from organfast.nifti import read_scan
 from organfast.pipeline import segment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import starter_scores  # from tools/, which is no package
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NOT_LEARNED = {"body_envelope", "rectus_abdominis_right", "rectus_abdominis_left"}
@@ -69,3 +73,31 @@ def test_organs_of_the_pool_are_where_they_are(name: str) -> None:
         o for o in large if (truth == model.classes.index(o)).sum() * scan.volume.voxel_ml > 50
     ]
     assert {o: d for o in in_view if (d := float(dice[model.classes.index(o)])) < 0.6} == {}
+
+
+def test_it_is_sure_from_where_nine_of_ten_are_good() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.2, 1, 400)
+    dice = np.where(rng.random(400) < confidence, 0.9, 0.3)
+    rows = np.stack([confidence, dice], axis=1).round(3).tolist()
+    sure = starter_scores.sure_from(rows)
+    assert sure is not None
+    kept = [d for c, d in rows if c >= sure["confidence"]]
+    assert len(kept) == sure["n_organs"]
+    assert sure["n_asked"] == 400
+    bad = sum(d < 0.7 for d in kept)
+    assert (bad + 1) / (len(kept) + 1) <= 0.1
+    assert sure["share"] == round(1 - bad / len(kept), 3)
+    below = [d for c, d in rows if c >= sure["confidence"] - 0.1]
+    assert (sum(d < 0.7 for d in below) + 1) / (len(below) + 1) > 0.1
+
+
+def test_it_is_never_sure_of_few_or_bad_ones() -> None:
+    assert starter_scores.sure_from([[0.9, 0.9]] * 8) is None  # 1 / 9 > 0.1
+    assert starter_scores.sure_from([[0.9, 0.5]] * 100) is None
+
+
+def test_what_it_says_of_its_sureness_is_what_was_measured() -> None:
+    results = json.loads(starter_scores.RESULTS.read_text("utf-8"))
+    rows = [pair for row in results.values() for pair in row.get("certainties", ())]
+    assert load_model("starter").training["sure"] == starter_scores.sure_from(rows)

@@ -120,24 +120,40 @@ def with_tables(readme: str, results: Mapping[str, Any]) -> str:
     return readme
 
 
-def starter_table(results: Mapping[str, Any]) -> str:
-    """Markdown: a line per structure, Dice and centre error per anatomy that was left out.
+def starter_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown of what ``tools/train_starter.py`` measured, by the names of the comments.
 
     Parameters
     ----------
     results : mapping
-        What was left out and judged -> scores, as ``tools/train_starter.py`` keeps them.
+        "left out, judged" or "left out, judged, what is special of the model" -> scores.
     """
+    whole = {name: row for name, row in results.items() if name.count(", ") == 1}
+    special = {name: row for name, row in results.items() if name.count(", ") > 1}
+    return {
+        "starter": _organ_table(whole),
+        "starter-steps": _step_table({n: r for n, r in whole.items() if "steps_after" in r}),
+        "starter-curve": _curve_table(special),
+    }
+
+
+def _organ_table(rows: Mapping[str, Any]) -> str:
+    """A line per structure, Dice and centre error per anatomy that was left out."""
+    lines = _heads("left out, judged", rows)
+    for organ in dict.fromkeys(organ for row in rows.values() for organ in row["dice"]):
+        cells = [_starter_cell(row, organ) for row in rows.values()]
+        lines.append(f"| {organ} | {' | '.join(cells)} |")
+    six = [_dice(row["means"]["six"]) for row in rows.values()]
+    lines.append(f"| mean of liver, spleen, kidneys, lungs | {' | '.join(six)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _heads(first: str, rows: Mapping[str, Any]) -> list[str]:
     heads = [
         f"{name}, **{row['n_patients']} {'patients' if row['n_patients'] > 1 else 'patient'}**"
-        for name, row in results.items()
+        for name, row in rows.items()
     ]
-    lines = [f"| left out and judged | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    organs = dict.fromkeys(organ for row in results.values() for organ in row["dice"])
-    for organ in organs:
-        cells = [_starter_cell(row, organ) for row in results.values()]
-        lines.append(f"| {organ} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return [f"| {first} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
 
 
 def _starter_cell(row: Mapping[str, Any], organ: str) -> str:
@@ -150,11 +166,37 @@ def _starter_cell(row: Mapping[str, Any], organ: str) -> str:
     return f"{_dice(row['dice'][organ])} · {centre:.0f} mm"
 
 
+def _step_table(rows: Mapping[str, Any]) -> str:
+    """A line per step after the classifier; of the six large organs / of all."""
+    lines = _heads("after the classifier", rows)
+    for step in next(iter(rows.values()))["steps_after"]:
+        cells = [_six_and_all(row["steps_after"][step]) for row in rows.values()]
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _curve_table(rows: Mapping[str, Any]) -> str:
+    """A line per model that learned otherwise, a column per what it is judged by."""
+    models: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        left_out, judged, told = name.split(", ", 2)
+        models.setdefault(told, {})[f"{left_out}, {judged}"] = row
+    lines = _heads("learned from", next(iter(models.values())))
+    for told, judged_by in models.items():
+        cells = [_six_and_all(row["means"]) for row in judged_by.values()]
+        lines.append(f"| {told} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _six_and_all(dice: Mapping[str, float]) -> str:
+    return f"{_dice(dice['six'])} / {_dice(dice['all'])}"
+
+
 if __name__ == "__main__":
     try:
         text = with_tables(README.read_text("utf-8"), json.loads(RESULTS.read_text("utf-8")))
-        starter = starter_table(json.loads(STARTER.read_text("utf-8")))
-        text = with_table(text, "starter", starter)
+        for name, written in starter_tables(json.loads(STARTER.read_text("utf-8"))).items():
+            text = with_table(text, name, written)
     except ValueError as error:
         sys.exit(f"accuracy_table: {error}")
     README.write_text(text, encoding="utf-8")

@@ -3,6 +3,9 @@
     python tools/train_starter.py ../shared/data                    # the model that is shipped
     python tools/train_starter.py ../shared/data --without chest    # one to judge `chest` by
 
+The models to judge by come first: their scores, and from which confidence on an organ is sure, go
+into the model that is shipped.
+
 The pool: two labelled CT scans (chest, abdomen) and three label maps without a scan (s0011,
 s0327, s0328). Each anatomy is painted many times (`painted_copy`: other sizes, postures, organs,
 tissues, phases and scanners), each scan is altered as often (`altered_copy`), some of either have
@@ -29,11 +32,12 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
+from starter_scores import certainties, each_step, kept, scores, with_sureness
 
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
 from organfast.augmentation import Augmentation, altered_copy
 from organfast.body import body_voxels
-from organfast.evaluation import evaluate
 from organfast.grid import ModelGrid, resample_labels, to_model_grid
 from organfast.layouts import find_cases, write_case
 from organfast.learning import Recipe, Sampling, train
@@ -44,12 +48,11 @@ from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
 from organfast.painting import LabelMap
 from organfast.pathology import diseased
 from organfast.sampling import Split
-from organfast.scorebook import Evaluation
 from organfast.volume import Volume
 
 REPOSITORY = Path(__file__).parents[1]
+N_JUDGED = 6  # painted copies of an anatomy that was left out: whole ones and slabs in turn
 SHIPPED = REPOSITORY / "organfast" / "data" / "starter.organfast"
-RESULTS = REPOSITORY / "benchmarks" / "results" / "starter.json"
 CARD = {
     "use": "research only, not a medical device",
     "learned_from": [
@@ -116,8 +119,8 @@ def main() -> int:
     for made in made_cases(given, cases):
         print(f"{made}, {time.perf_counter() - start:.0f} s", flush=True)
     dataset = find_cases(cases)
-    names = [c.name for c in dataset.cases if c.name.split("-")[0] != given.without]
-    wanted = [n for n in names if not (given.no_scans and "altered" in n)]
+    learned = [name for name in LABEL_MAPS if name != given.without][: given.anatomies]
+    wanted = [c.name for c in dataset.cases if _is_wanted(c.name, learned, given)]
     settings, outputs = training_settings(
         {"steps": given.steps, "seed": given.seed},
         checkpoints=given.work / f"{given.output.stem}-checkpoints",
@@ -132,15 +135,22 @@ def main() -> int:
         sampling=Sampling(least_share=given.least_share),
         seed=given.seed,
         calibration=None,
+        adapt=Adapt(),
     )
-    kept = replace(dataset, cases=tuple(c for c in dataset.cases if c.name in wanted))
-    model = train(kept, recipe=recipe, threads=2, progress=_told(start))
-    minutes = (time.perf_counter() - start) / 60
+    used = replace(dataset, cases=tuple(c for c in dataset.cases if c.name in wanted))
+    model = train(used, recipe=recipe, threads=2, progress=_told(start))
     if given.without:
-        judge(model, given, cases, minutes)
+        judge(model, given)
     else:
-        card = {**CARD, "held_out": json.loads(RESULTS.read_text()) if RESULTS.exists() else {}}
+        results = kept({})
+        held_out = {
+            name: {"n_patients": row["n_patients"], "dice": row["dice"]}
+            for name, row in results.items()
+            if name.count(",") == 1
+        }
+        card = {**CARD, "held_out": held_out}
         model = replace(model, training={**model.training, "name": "starter", "card": card})
+        model = with_sureness(model, results)
     save_model(model, given.output)
     print(f"{given.output}: {given.output.stat().st_size / 1e6:.1f} MB", flush=True)
     return 0
@@ -152,13 +162,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--without", choices=LABEL_MAPS, help="leave this anatomy out")
     parser.add_argument("-o", "--output", type=Path, help="the model file")
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="a folder to keep")
-    parser.add_argument("--painted", type=int, default=16, help="painted copies of each anatomy")
-    parser.add_argument("--altered", type=int, default=12, help="altered copies of each scan")
+    parser.add_argument("--painted", type=int, default=20, help="painted copies of each anatomy")
+    parser.add_argument("--altered", type=int, default=16, help="altered copies of each scan")
+    parser.add_argument("--anatomies", type=int, help="learn from so many of them only")
+    parser.add_argument("--told", help="what is special of this model, for the results")
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks of the rarest, a copy")
     parser.add_argument("--least-share", type=float, default=0.02, help="see `Sampling`")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.output is None:
@@ -167,36 +179,30 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def judge(model: Model, given: argparse.Namespace, cases: Path, minutes: float) -> None:
+def _is_wanted(case: str, anatomies: list[str], given: argparse.Namespace) -> bool:
+    anatomy, kind, number = case.split("-")
+    n = {"painted": given.painted, "altered": 0 if given.no_scans else given.altered}[kind]
+    return anatomy in anatomies and int(number) < n
+
+
+def judge(model: Model, given: argparse.Namespace) -> None:
     """Keep how well a model does on what it was trained without: the scan, and painted copies."""
-    judged = {}
-    asked = {"painted": (cases, [f"{given.without}-painted-{n:03d}" for n in range(3)])}
+    special = f", {given.told}" if given.told else ""
+    painted = [f"{given.without}-painted-{n:03d}" for n in range(N_JUDGED)]
+    judged_by = {"painted": (given.work / "cases", painted)}
     if given.without in SCANS:
-        asked["scan"] = (given.data / "labelled", [given.without])
-    for kind, (folder, patients) in asked.items():
-        found = evaluate(model, folder, patients=patients, threads=2)
-        key = f"{given.without}, {kind}" + (", learned from painted copies alone" * given.no_scans)
-        judged[key] = {
-            "n_patients": len(found.patients),
-            "steps": given.steps,
-            "minutes": round(minutes, 1),
-            **{score: _by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")},
-        }
-        print(key, json.dumps(judged[key]), flush=True)
-    # Read only now: another anatomy may have been judged meanwhile.
-    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | judged
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _by_organ(found: Evaluation, score: str) -> dict[str, float]:
-    """Means over patients, of the organs that any of them has."""
-    values = found.by_patient(score)[:, :-1]
-    named = zip(found.organs, values.T, strict=True)
-    return {
-        organ: round(float(np.nanmean(column)), 3)
-        for organ, column in named
-        if not np.isnan(column).all()
-    }
+        judged_by["scan"] = given.data / "labelled", [given.without]
+    rows = {}
+    for kind, (folder, patients) in judged_by.items():
+        row = rows[f"{given.without}, {kind}{special}"] = scores(model, folder, patients)
+        row["steps"] = given.steps
+        if not special and given.without in SCANS:
+            row["steps_after"] = each_step(model, folder, patients)
+        if not special and kind == "painted":
+            row["certainties"] = certainties(model, folder, patients)
+    for key, row in rows.items():
+        print(key, json.dumps({k: v for k, v in row.items() if k != "certainties"}), flush=True)
+    kept(rows)
 
 
 def starter_classes() -> ClassTable:
@@ -232,7 +238,7 @@ def made_cases(given: argparse.Namespace, folder: Path) -> Iterator[str]:
     wanted = [
         (_painted, f"{name}-painted-{copy:03d}", given.data / file, (given.seed, number, copy))
         for number, (name, file) in enumerate(LABEL_MAPS.items())
-        for copy in range(given.painted)
+        for copy in range(max(given.painted, N_JUDGED))
     ] + [
         (_altered, f"{name}-altered-{copy:03d}", given.data / file, (given.seed, 100 + n, copy))
         for n, (name, file) in enumerate(SCANS.items())

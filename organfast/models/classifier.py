@@ -78,7 +78,9 @@ class Model:
         Voxels of the model grid between positions, unless a user asks for others.
     training : mapping
         Record of the training, for JSON: ``cases`` (name -> digests), ``n_examples``,
-        ``spacing_mm`` (x, y, z, or None) and whatever else tells how the model was made.
+        ``spacing_mm`` (x, y, z, or None) and whatever else tells how the model was made. With
+        ``sure`` it also holds when an organ can be trusted: of organs of patients never trained on
+        whose mean probability was at least ``confidence``, ``share`` had a Dice of ``dice``.
     scores : mapping
         By use ("validation", "test") the held-out scores, for JSON: ``n_patients``, ``n_blocks``,
         ``block_accuracy``, ``block_accuracy_organs`` and others.
@@ -129,6 +131,7 @@ class Model:
             raise ValueError(f"stride is {self.stride}; give three numbers from 1 to {MAX_STRIDE}")
         k, i, j = self.stride
         object.__setattr__(self, "stride", (int(k), int(i), int(j)))
+        _check_sure(self.training.get("sure"))
         calibration_from_dict(self._header["calibration"], len(self.classes))
         if self.presets is not None:
             _check_presets(self.presets, self.classifier)
@@ -143,6 +146,12 @@ class Model:
     def network(self) -> dict[str, Any] | None:
         """A network's architecture and how it sees blocks, for JSON; None for a forest."""
         return self.classifier.to_dict() if isinstance(self.classifier, Cnn) else None
+
+    @property
+    def sure(self) -> float | None:
+        """The mean probability from which on an organ was good, as measured; see ``training``."""
+        known = self.training.get("sure")
+        return None if known is None else float(known["confidence"])
 
     @cached_property
     def _header(self) -> dict[str, Any]:
@@ -405,6 +414,14 @@ _SHAPE: dict[Any, Any] = {
         None,
     ),
 }
+
+
+def _check_sure(sure: Any) -> None:
+    if sure is None:
+        return
+    confidence: Any = sure.get("confidence") if isinstance(sure, Mapping) else None
+    if type(confidence) not in _NUMBER or not 0 <= confidence <= 1:
+        raise ValueError("when it is sure of an organ is told by a confidence from 0 to 1")
 
 
 def _check_header(header: dict[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""How well a starter model does on what it was trained without, and when it can be sure.
+
+Used by ``train_starter.py``; each figure goes to ``benchmarks/results/starter.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from organfast.adaptation import Adapt
+from organfast.evaluation import evaluate
+from organfast.layouts import case_labels, find_cases
+from organfast.metrics import dice_per_class
+from organfast.models.classifier import Model
+from organfast.nifti import read_scan
+from organfast.pipeline import Settings, segment
+from organfast.results import Result
+from organfast.scorebook import Evaluation
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
+SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
+STEPS: dict[str, Adapt | bool] = {
+    "the classifier alone": False,
+    "+ HU of this scan's organs": Adapt(radius=0),
+    "+ guided filter alone": Adapt(own_hu=False),
+    "+ both": True,
+}
+GOOD_DICE = 0.7
+RISK = 0.1
+
+
+def scores(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """A row of the results: means over patients."""
+    found = evaluate(model, dataset, patients=patients, threads=2)
+    row = {score: by_organ(found, score) for score in ("dice", "nsd", "centroid_mm")}
+    return {"n_patients": len(found.patients), **row, "means": means(row["dice"])}
+
+
+def each_step(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """Mean Dice as each step after the classifier leaves it."""
+    found: dict[str, Any] = {}
+    for step, adapt in STEPS.items():
+        by_patient = [
+            dice for _, dice in _segmented(model, dataset, patients, Settings(adapt=adapt))
+        ]
+        columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
+        scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
+        found[step] = means({model.classes.names[n]: float(np.nanmean(c)) for n, c in scored})
+    return found
+
+
+def by_organ(found: Evaluation, score: str) -> dict[str, float]:
+    """Means over patients, of the organs that any of them has."""
+    values = found.by_patient(score)[:, :-1]
+    named = zip(found.organs, values.T, strict=True)
+    return {
+        organ: round(float(np.nanmean(column)), 3)
+        for organ, column in named
+        if not np.isnan(column).all()
+    }
+
+
+def means(dice: Mapping[str, float]) -> dict[str, float]:
+    """Mean Dice of the six large organs, and of all."""
+    six = [dice[organ] for organ in SIX if organ in dice]
+    return {"six": round(float(np.mean(six)), 3), "all": round(float(np.mean([*dice.values()])), 3)}
+
+
+def certainties(model: Model, dataset: Path, patients: Sequence[str]) -> list[list[float]]:
+    """(mean probability, Dice) of each organ that is reported of each patient."""
+    return [
+        [round(organ.confidence, 3), round(float(dice[organ.label]), 3)]
+        for result, dice in _segmented(model, dataset, patients, Settings())
+        for organ in result.organs.values()
+        if organ.present and organ.confidence is not None
+    ]
+
+
+def _segmented(
+    model: Model, dataset: Path, patients: Sequence[str], settings: Settings
+) -> Iterator[tuple[Result, NDArray[np.float64]]]:
+    """Each patient segmented, and the Dice of every class."""
+    n = len(model.classes)
+    for case in find_cases(dataset).cases:
+        if case.patient in patients:
+            scan = read_scan(case.image)
+            result = segment(scan, model, settings, threads=2)
+            truth = case_labels(case, model.classes, scan.volume).labels
+            yield result, dice_per_class(np.minimum(truth, n), result.labels, n + 1)
+
+
+def sure_from(rows: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """The least mean probability from which on an organ is good, but for a stated risk.
+
+    Of the organs at least as probable, with one bad one more than there are, a tenth at most has a
+    Dice below 0.7: the correction of conformal risk control (Angelopoulos et al. 2022, theorem 1)
+    for a risk that is 0 or 1. None where no probability does.
+    """
+    ordered = sorted((confidence, dice) for confidence, dice in rows)
+    for n, (confidence, _) in enumerate(ordered):
+        dice = np.array([d for _, d in ordered[n:]])
+        if ((dice < GOOD_DICE).sum() + 1) / (len(dice) + 1) <= RISK:
+            share = float((dice >= GOOD_DICE).mean())
+            return {
+                "confidence": confidence,
+                "dice": GOOD_DICE,
+                "share": round(share, 3),
+                "n_organs": len(dice),
+                "n_asked": len(ordered),
+            }
+    return None
+
+
+def kept(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Write rows beside those that are there; read only now, for others may write meanwhile."""
+    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | dict(rows)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def with_sureness(model: Model, results: Mapping[str, Any]) -> Model:
+    """The model with the threshold of all painted patients of anatomies that were left out."""
+    rows = [pair for row in results.values() for pair in row.get("certainties", ())]
+    return replace(model, training={**model.training, "sure": sure_from(rows)})
