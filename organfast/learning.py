@@ -225,9 +225,10 @@ class Recipe:
         So many CT scans are painted on altered copies of each case's label map, and drawn from as
         the case is; see ``painted_copy``. Only on a working grid.
     calibration : {"temperature", "isotonic"} or None
-        How the probabilities are brought to how often they are right, fitted to balanced blocks of
-        the patients who validate; None leaves them as the classifier gives them, as does a split
-        in which nobody validates. A model of blocks that were cut out is not calibrated.
+        How the probabilities are brought to how often they are right, fitted to blocks of the
+        patients who validate, drawn alike or in proportion as those of training; None leaves them
+        as the classifier gives them, as does a split in which nobody validates. A model of blocks
+        that were cut out is not calibrated.
     adapt : Adapt or None
         How a scan's own organs correct the classifier, unless who segments asks otherwise.
     max_memory_gb : float or None
@@ -452,6 +453,10 @@ def train(
         scores[use] = _block_scores(found, truth, model.classes) | {"n_patients": len(patients)}
         if use == "validation" and recipe.calibration is not None:
             # Fitted before the test patients are asked, and to nobody else.
+            if recipe.sampling.least_share is not None:
+                found, truth = _held_out_answers(
+                    model, dataset, patients, (recipe, fine), progress, in_proportion=True
+                )
             model = replace(model, calibration=FITS[recipe.calibration](found, truth))
     return replace(model, scores=scores)
 
@@ -771,8 +776,13 @@ def _held_out_answers(
     patients: Sequence[str],
     source: tuple[Recipe, _Fine],
     progress: Progress,
+    *,
+    in_proportion: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Probabilities of balanced blocks of held-out patients, and what the blocks are."""
+    """Probabilities of blocks of held-out patients, and what the blocks are.
+
+    As many of each class, or as training draws them where it draws in proportion.
+    """
     recipe, fine = source
     cases = [case for case in dataset.cases if case.patient in patients]
     balanced = dict.fromkeys(range(len(model.classes)), recipe.n_per_class)
@@ -781,9 +791,11 @@ def _held_out_answers(
     for number, case in enumerate(cases):
         progress("scoring held-out patients", number, len(cases))
         scan = labelled_scan(case, model.classes, model.grid, fine.nuisance)
-        positions, truth = sample_positions(
-            fine.merged(scan.labels), balanced, (recipe.seed, number)
-        )
+        labels, n_of_each = fine.merged(scan.labels), balanced
+        if in_proportion:
+            counts = np.bincount(labels.ravel(), minlength=len(balanced))[: len(balanced)]
+            n_of_each = dict(enumerate(recipe.sampling.in_proportion(counts, recipe.n_per_class)))
+        positions, truth = sample_positions(labels, n_of_each, (recipe.seed, number))
         found.append(probabilities_at(model, scan.grid_volume, positions))
         truths.append(truth)
     if cases:

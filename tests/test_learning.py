@@ -17,6 +17,7 @@ from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation
 from organfast.blocks import Block
 from organfast.body import body_mask
+from organfast.calibration import Temperature
 from organfast.cli import run
 from organfast.errors import InputError
 from organfast.grid import BlockGrid, ModelGrid, to_model_grid
@@ -237,6 +238,27 @@ def test_positions_are_in_proportion_to_voxels_with_a_floor(least_share: float) 
     assert min(found) == 10
     assert sum(found[1:]) <= sampling.most_examples([10] * 5)
     assert sampling.in_proportion(np.zeros(3, int), 4) == [4, 4, 4]
+
+
+def test_calibration_is_fitted_to_what_training_draws(
+    fine_cases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of classes in proportion says how often a voxel of a scan is of a class."""
+    seen: list[np.ndarray] = []
+
+    def fit(found: np.ndarray, truth: np.ndarray) -> Temperature:
+        seen.append(np.bincount(truth, minlength=len(DEFAULT)))
+        return Temperature(1.0)
+
+    monkeypatch.setitem(learning.FITS, "temperature", fit)
+    everyone = (*SPLIT.train, *SPLIT.validation, *SPLIT.test)
+    split = Split(train=everyone[:1], validation=everyone[1:2])
+    for least_share in (None, 0.1):
+        sampling = Sampling(least_share=least_share)
+        learn(fine_cases, n_per_class=20, sampling=sampling, split=split, calibration="temperature")
+    alike, in_proportion = seen
+    assert alike.max() == 20
+    assert in_proportion.max() == 200
 
 
 def test_without_a_floor_there_are_as_many_examples_as_are_asked_for() -> None:
