@@ -10,9 +10,10 @@ A classifier knows an organ's place and its usual brightness; a patient's liver,
 after this disease, has one brightness of its own. The median and the spread of an organ's confident
 core reweight the posteriors; here the whole histogram does, for lungs and bowel have no middle.
 A wrong core would lose the organ, so a class with a small core abstains: its voxels are then as
-likely as those of the context class, and stay what the classifier made of them. The guided filter
-(He, Sun and Tang 2013, IEEE TPAMI 35 (6), section 3.1) smooths within tissue and keeps edges: in
-boxes whose HU vary, a probability becomes a linear function of the HU.
+likely as those of the context class, and stay what the classifier made of them. What surrounds the
+patient is a class like any other, or air at his skin would pass for lung. The guided filter (He, Sun
+and Tang 2013, IEEE TPAMI 35 (6), section 3.1) smooths within tissue and keeps edges: in boxes whose
+HU vary, a probability becomes a linear function of the HU.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Adaptation:
     n_core : (n_classes,) int64
         Positions of each class's core.
     abstains : (n_classes,) bool
-        Classes whose core was too small, or that are no tissue.
+        Classes whose core was too small.
     how : Adapt
         What was asked for.
     """
@@ -150,7 +151,6 @@ class Adaptation:
         np.divide(smooth * (1 - _UNSEEN), total, out=likelihood, where=total > 0)
         likelihood += _UNSEEN / _N_BINS
         abstains = (n_core < how.least_core) | (not how.own_hu)
-        abstains[_BACKGROUND] = True
         usual = _BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]
         return Adaptation(likelihood.astype(np.float32), n_core, abstains, how)
