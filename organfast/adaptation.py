@@ -11,9 +11,10 @@ after this disease, has one brightness of its own. The median and the spread of 
 core reweight the posteriors; here the whole histogram does, for lungs and bowel have no middle.
 A wrong core would lose the organ, so a class with a small core abstains: its voxels are then as
 likely as those of the context class, and stay what the classifier made of them. What surrounds the
-patient is a class like any other, or air at his skin would pass for lung. The guided filter (He, Sun
-and Tang 2013, IEEE TPAMI 35 (6), section 3.1) smooths within tissue and keeps edges: in boxes whose
-HU vary, a probability becomes a linear function of the HU.
+patient is a class like any other, or air at his skin would pass for lung.
+
+The guided filter (He, Sun and Tang 2013, IEEE TPAMI 35 (6), section 3.1) smooths within tissue and
+keeps edges: in boxes whose HU vary, a probability becomes a linear function of the HU.
 """
 
 from __future__ import annotations
