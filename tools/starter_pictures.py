@@ -20,7 +20,7 @@ from organfast.nifti import read_scan
 from organfast.overlay import overlay_views, png_bytes
 from organfast.pipeline import segment
 
-WIDTH = 1200
+WIDTH = 1000
 
 
 def main() -> int:

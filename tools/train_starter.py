@@ -67,6 +67,7 @@ CARD = {
         "lesions and metal were learned as they are painted, not from patients",
         "rectus abdominis is not among its classes; psoas means the iliopsoas",
         "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
+        "in slabs of a few cm organs may be missed; air and foam beside arms may be taken for lung",
         "an organ that is reported where it is only partly in view, or absent, may be wrong",
     ],
 }
