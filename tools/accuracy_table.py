@@ -133,6 +133,7 @@ def starter_tables(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "starter": _organ_table(whole),
         "starter-steps": _step_table({n: r for n, r in whole.items() if "steps_after" in r}),
+        "starter-stages": _stage_table({n: r for n, r in whole.items() if "stages" in r}),
         "starter-curve": _curve_table(special),
     }
 
@@ -172,6 +173,16 @@ def _step_table(rows: Mapping[str, Any]) -> str:
     for step in next(iter(rows.values()))["steps_after"]:
         cells = [_six_and_all(row["steps_after"][step]) for row in rows.values()]
         lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _stage_table(rows: Mapping[str, Any]) -> str:
+    """A line per way to ask the classifier: Dice, and at which share of the positions."""
+    lines = _heads("asked", rows)
+    for stage in next(iter(rows.values()))["stages"]:
+        asked = [row["stages"][stage] for row in rows.values()]
+        cells = [f"{_six_and_all(one)}, {100 * one['share_asked']:.0f} %" for one in asked]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

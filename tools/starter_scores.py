@@ -21,6 +21,7 @@ from organfast.metrics import dice_per_class
 from organfast.models.classifier import Model
 from organfast.nifti import read_scan
 from organfast.pipeline import Settings, segment
+from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.scorebook import Evaluation
 
@@ -31,6 +32,12 @@ STEPS: dict[str, Adapt | bool] = {
     "+ HU of this scan's organs": Adapt(radius=0),
     "+ guided filter alone": Adapt(own_hu=False),
     "+ both": True,
+}
+STAGES = {
+    "every 6 mm": Settings(),
+    "every 12 mm, 6 mm where in doubt": Settings(refine=Refine()),
+    "every 6 mm, 3 mm where in doubt": Settings(stride=(1, 1, 1), refine=Refine()),
+    "every 3 mm": Settings(stride=(1, 1, 1)),
 }
 GOOD_DICE = 0.7
 RISK = 0.1
@@ -45,15 +52,31 @@ def scores(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, An
 
 def each_step(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
     """Mean Dice as each step after the classifier leaves it."""
-    found: dict[str, Any] = {}
-    for step, adapt in STEPS.items():
-        by_patient = [
-            dice for _, dice in _segmented(model, dataset, patients, Settings(adapt=adapt))
-        ]
-        columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
-        scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
-        found[step] = means({model.classes.names[n]: float(np.nanmean(c)) for n, c in scored})
-    return found
+    return {
+        step: _mean_of(model, dataset, patients, Settings(adapt=adapt))
+        for step, adapt in STEPS.items()
+    }
+
+
+def each_stage(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """Mean Dice where the classifier is asked at other positions, and at which share of them."""
+    return {
+        stage: _mean_of(model, dataset, patients, settings) for stage, settings in STAGES.items()
+    }
+
+
+def _mean_of(
+    model: Model, dataset: Path, patients: Sequence[str], settings: Settings
+) -> dict[str, float]:
+    """Of the six large organs and of all: means over patients, then organs; and the share asked."""
+    by_patient, shares = [], []
+    for result, dice in _segmented(model, dataset, patients, settings):
+        by_patient.append(dice)
+        shares.append(result.record["positions"]["share_asked"])
+    columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
+    scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
+    dice_of = {model.classes.names[n]: float(np.nanmean(column)) for n, column in scored}
+    return {**means(dice_of), "share_asked": round(float(np.mean(shares)), 3)}
 
 
 def by_organ(found: Evaluation, score: str) -> dict[str, float]:

@@ -32,7 +32,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from starter_scores import certainties, each_step, kept, scores, with_sureness
+from starter_scores import certainties, each_stage, each_step, kept, scores, with_sureness
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
@@ -199,6 +199,8 @@ def judge(model: Model, given: argparse.Namespace) -> None:
         row["steps"] = given.steps
         if not special and given.without in SCANS:
             row["steps_after"] = each_step(model, folder, patients)
+        if not special and kind == "scan":
+            row["stages"] = each_stage(model, folder, patients)
         if not special and kind == "painted":
             row["certainties"] = certainties(model, folder, patients)
     for key, row in rows.items():
