@@ -30,12 +30,11 @@ from numpy.typing import NDArray
 from organfast.anatomy import ClassTable
 from organfast.errors import is_whole
 from organfast.grid import BlockGrid, GridVolume, ModelGrid
-from organfast.probability import AxisWeights, Slab, axis_weights
+from organfast.probability import BACKGROUND, AxisWeights, Slab, axis_weights
 from organfast.workers import Workers
 
 __all__ = ["Adapt", "Adaptation", "adapted_slabs", "check_adapts"]
 
-_BACKGROUND = 0
 _UNITS_PER_HU = {"identity": 1, "piecewise": 8}  # of soft tissue
 _BIN_HU = 3
 _N_BINS = 512
@@ -152,7 +151,7 @@ class Adaptation:
         np.divide(smooth * (1 - _UNSEEN), total, out=likelihood, where=total > 0)
         likelihood += _UNSEEN / _N_BINS
         abstains = (n_core < how.least_core) | (not how.own_hu)
-        usual = _BACKGROUND if classes.context is None else classes.context
+        usual = BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]
         return Adaptation(likelihood.astype(np.float32), n_core, abstains, how)
 

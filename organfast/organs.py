@@ -48,8 +48,7 @@ class Presence:
         Smallest mean probability of the organ over its voxels, 0..1.
     sure : float or None
         An organ that is present with a smaller mean probability gets a warning that starts with
-        "not sure"; what a model learned of itself. None warns of
-        nothing.
+        "not sure", as ``Model.sure`` was measured. None warns of nothing.
     """
 
     min_ml: float = 0.5
