@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from organfast.anatomy import ClassTable
 from organfast.augmentation import Augmentation, altered_copy
 from organfast.errors import is_whole
 from organfast.grid import GridVolume
-from organfast.painting import LabelMap, paint
+from organfast.painting import BEDS, LabelMap, Protocol, paint
 from organfast.pathology import Pathology, diseased
+from organfast.surroundings import ARMS
 from organfast.volume import AIR_HU, Volume
 
 __all__ = ["Variety", "painted_copy"]
@@ -30,6 +31,8 @@ PAINTED_MM = 2.0
 _AFFINE = np.diag([PAINTED_MM, PAINTED_MM, PAINTED_MM, 1.0])
 ROOM_MM = 70.0
 """Room around the labels for the fat and the skin of a body that is made up."""
+ARMS_MM = 60.0
+"""More room on either side, for arms."""
 
 
 def _people() -> Augmentation:
@@ -66,11 +69,16 @@ class Variety:
         where a scan ends must be no cue.
     pathology : Pathology or None
         What copies suffer from, and what implants they have; None leaves them healthy.
+    arms : (beside, folded) float
+        Share of copies with the arms along the trunk, and of those with the arms folded over the
+        belly; the others have raised them.
+    bedding : float
+        Share of copies that lie on a cushion or under a blanket. Beds differ, too.
 
     Raises
     ------
     ValueError
-        A range is not of two positive numbers, the lower first.
+        A range is not of two positive numbers, the lower first; a share is outside 0..1.
     """
 
     people: Augmentation = field(default_factory=_people)
@@ -78,12 +86,18 @@ class Variety:
     view_mm: tuple[float, float] = (320.0, 500.0)
     length_mm: tuple[float, float] = (60.0, 700.0)
     pathology: Pathology | None = field(default_factory=Pathology)
+    arms: tuple[float, float] = (0.25, 0.1)
+    bedding: float = 0.4
 
     def __post_init__(self) -> None:
         for name in ("thickness_mm", "view_mm", "length_mm"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is {(low, high)}; give (low, high) from above 0 mm")
+        if not (min(self.arms) >= 0 and sum(self.arms) <= 1 and 0 <= self.bedding <= 1):
+            raise ValueError(
+                f"arms {self.arms} and bedding {self.bedding} are shares; give 0..1, arms together"
+            )
 
 
 def painted_copy(
@@ -123,9 +137,12 @@ def painted_copy(
     if not all(is_whole(number, 0) for number in key):
         raise ValueError(f"seed is {seed!r}; give whole numbers from 0")
     rng = np.random.default_rng([*key, 5])
-    labels, known = _another(label_map, key, variety.people, threads)
+    chosen = int(rng.integers(1 << 31))
+    protocol = _protocol(chosen, key, variety)
+    room_mm = ROOM_MM + ARMS_MM * (protocol.arms != "up")
+    labels, known = _another(label_map, key, variety.people, room_mm, threads)
     anatomy = LabelMap(labels.T, _AFFINE, label_map.names)
-    painted = paint(anatomy, int(rng.integers(1 << 31)), threads=threads)
+    painted = paint(anatomy, chosen, protocol, threads=threads)
     hu = np.ascontiguousarray(painted.working)
     if variety.pathology is not None:
         spacing = (PAINTED_MM,) * 3
@@ -135,8 +152,21 @@ def painted_copy(
     return Volume(np.ascontiguousarray(hu[seen]).T, _AFFINE), np.ascontiguousarray(labels[seen]).T
 
 
+def _protocol(seed: int, key: tuple[int, ...], variety: Variety) -> Protocol:
+    """How a copy is scanned, arms and bed included."""
+    rng = np.random.default_rng([*key, 8])
+    arms = ARMS[int(rng.choice(3, p=[1 - sum(variety.arms), *variety.arms]))]
+    bed = BEDS[int(rng.choice(3, p=[0.6, 0.2, 0.2]))]
+    bedding = bool(rng.random() < variety.bedding)
+    return replace(Protocol.draw(seed), arms=arms, bed=bed, bedding=bedding)
+
+
 def _another(
-    label_map: LabelMap, key: tuple[int, ...], people: Augmentation, threads: int
+    label_map: LabelMap,
+    key: tuple[int, ...],
+    people: Augmentation,
+    room_mm: float,
+    threads: int,
 ) -> tuple[NDArray[np.uint8], slice]:
     """An altered anatomy at 2 mm in working order, and the slices in which it is known."""
     numbers = sorted(label_map.present())
@@ -151,12 +181,12 @@ def _another(
     lookup = np.zeros(1 << (8 * label_map.labels.itemsize), np.uint8)
     lookup[numbers] = np.arange(1, len(numbers) + 1)
     thin = lookup[working[np.ix_(*(i.astype(np.intp) for i in index))]]
-    room = round(ROOM_MM / PAINTED_MM)
-    thin = np.pad(thin, ((0, 0), (room, room), (room, room)))
+    room, beside = (round(mm / PAINTED_MM) for mm in (ROOM_MM, room_mm))
+    thin = np.pad(thin, ((0, 0), (room, room), (beside, beside)))
     nothing = ClassTable.default().keep(["background"])
     volume = GridVolume(np.broadcast_to(np.int16(AIR_HU), thin.shape), spacing_mm=(PAINTED_MM,) * 3)
-    beside = [label_map.names[n] for n in numbers]
-    _, altered = altered_copy(volume, thin, nothing, people, key, beside=beside, threads=threads)
+    names = [label_map.names[n] for n in numbers]
+    _, altered = altered_copy(volume, thin, nothing, people, key, beside=names, threads=threads)
     unknown = np.array([(page == 255).mean() for page in altered])
     inside = np.flatnonzero(unknown < 0.02)
     back = np.zeros(256, np.uint8)

@@ -20,11 +20,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from organfast.surroundings import ARMS, Arms, add_arms, add_bedding
 from organfast.volume import Orientation, Volume
 
 __all__ = [
+    "BEDS",
     "PHASES",
+    "THINGS",
     "TISSUES",
+    "Bed",
     "LabelMap",
     "Phase",
     "Protocol",
@@ -38,6 +42,8 @@ __all__ = [
 
 Phase = Literal["native", "arterial", "portal_venous"]
 PHASES: tuple[Phase, ...] = ("native", "arterial", "portal_venous")
+Bed = Literal["curved", "flat", "cradle"]
+BEDS: tuple[Bed, ...] = ("curved", "flat", "cradle")
 
 Range = tuple[float, float]
 Ranges = tuple[Range, Range, Range]  # by phase, in the order of PHASES
@@ -117,6 +123,13 @@ class Protocol:
         The patient lies on a table.
     circle : bool
         Only a disc of each slice is reconstructed; outside it is -1024.
+    bed : {"curved", "flat", "cradle"}
+        The table's top: shallow under a thin mattress, flat (of radiotherapy), or deep.
+    bedding : bool
+        A cushion behind the patient, a blanket in front, or both.
+    arms : {"up", "beside", "folded"}
+        Where a patient whose skin is made up has the arms: raised out of view, along the trunk, or
+        folded over the belly.
     """
 
     phase: Phase = "portal_venous"
@@ -124,10 +137,15 @@ class Protocol:
     sharpness_mm: float = 0.6
     couch: bool = True
     circle: bool = False
+    bed: Bed = "curved"
+    bedding: bool = False
+    arms: Arms = "up"
 
     def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise ValueError(f"phase {self.phase!r} is unknown; use one of {', '.join(PHASES)}")
+        for name, known in (("phase", PHASES), ("bed", BEDS), ("arms", ARMS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")
         if not self.noise_hu >= 0 or not self.sharpness_mm > 0:
             raise ValueError(
                 f"noise_hu {self.noise_hu} must not be negative, and sharpness_mm "
@@ -244,6 +262,12 @@ TISSUES: dict[str, Tissue] = {
     "brain": Tissue(_same(28, 40), patch=(4, 9)),
     "soft": Tissue(((25, 60), (35, 90), (40, 100)), patch=(6, 8)),
 }
+THINGS: dict[str, Tissue] = {
+    # Cushions and beads are mostly air: what a lung is, in HU.
+    "foam": Tissue(_same(-980, -840), _same(-700, -350), 1.2, patch=(14, 8)),
+    "cloth": Tissue(_same(-650, -150), patch=(60, 8)),
+}
+"""What lies beside patients, painted as tissues are."""
 
 _TISSUE_OF_NAME: tuple[tuple[str, str], ...] = (
     ("skin", "skin"),
@@ -315,7 +339,7 @@ _TISSUE_OF_NAME: tuple[tuple[str, str], ...] = (
     ("*", "soft"),
 )
 
-_NUMBER_OF_TISSUE = {name: n for n, name in enumerate(TISSUES, start=1)}
+_NUMBER_OF_TISSUE = {name: n for n, name in enumerate((*TISSUES, *THINGS), start=1)}
 _HOLLOW = {"stomach": 0, "small_bowel": 1, "colon": 2, "oesophagus": 3}
 _NOT_VISCERAL = (
     *("skin", "subcutaneous_fat", "intermuscular_fat", "trunk_fat", "muscle", "breast", "soft"),
@@ -396,19 +420,34 @@ def hu_range(tissue: str, phase: Phase, part: Literal["core", "shell"] = "core")
     return float(low), float(high)
 
 
-def _draw_look(random: np.random.Generator, phase: Phase) -> NDArray[np.float32]:
+def _draw_look(seed: int, random: np.random.Generator, phase: Phase) -> NDArray[np.float32]:
     """(n_tissues + 1, columns) float32: one patient's table of tissues, see the kernel."""
     from organfast.kernels import painting as kernel
 
-    table = np.zeros((len(TISSUES) + 1, kernel.N_COLUMNS), np.float32)
+    table = np.zeros((len(_NUMBER_OF_TISSUE) + 1, kernel.N_COLUMNS), np.float32)
+    _draw_rows(random, phase, TISSUES, table)
+    _vary(random, table, phase)
+    _draw_rows(np.random.default_rng([seed, 34]), phase, THINGS, table)
+    return table
+
+
+def _draw_rows(
+    random: np.random.Generator,
+    phase: Phase,
+    tissues: Mapping[str, Tissue],
+    table: NDArray[np.float32],
+) -> None:
+    """Draw one patient's look of some tissues into their rows of the table."""
+    from organfast.kernels import painting as kernel
+
     patient = random.random()  # well or badly perfused: tissues enhance together, in part
     hu: dict[str, float] = {}
     shells: dict[str, float] = {}
-    for name in TISSUES:
-        for part, drawn in (("core", hu), ("shell", shells)):
-            low, high = hu_range(name, phase, "core" if part == "core" else "shell")
+    for name, tissue in tissues.items():
+        for part, drawn in ((tissue.core, hu), (tissue.shell, shells)):
+            low, high = part[PHASES.index(phase)]
             drawn[name] = low + (high - low) * (0.35 * patient + 0.65 * random.random())
-    for name, tissue in TISSUES.items():
+    for name, tissue in tissues.items():
         row = table[_NUMBER_OF_TISSUE[name]]
         source, spacing, width, deep = tissue.vessels
         row[kernel.CORE_HU] = hu[name]
@@ -422,8 +461,6 @@ def _draw_look(random: np.random.Generator, phase: Phase) -> NDArray[np.float32]
         row[kernel.GAS] = tissue.gas * random.uniform(0.2, 1.3)
         row[kernel.BUBBLES] = tissue.bubbles * random.uniform(0.9, 1.4)
         row[kernel.FALL_HU] = tissue.fall
-    _vary(random, table, phase)
-    return table
 
 
 def _vary(random: np.random.Generator, table: NDArray[np.float32], phase: Phase) -> None:
@@ -481,22 +518,28 @@ def paint(
     steps = np.array(label_map.working_spacing_mm)
     texture = texture_tile(seed)
     tissue = _tissue_map(label_map)
+    shoulder_mm = _shoulder_mm(tissue, steps)
     if not (tissue == _NUMBER_OF_TISSUE["skin"]).any():
         _make_up_body(tissue, steps, texture, random)
+        beside = np.random.default_rng([seed, 32])
+        add_arms(tissue, steps, _NUMBER_OF_TISSUE, protocol.arms, beside, shoulder_mm=shoulder_mm)
+    if protocol.bedding:
+        beside = np.random.default_rng([seed, 33])
+        add_bedding(tissue, steps, _NUMBER_OF_TISSUE, texture, beside)
 
     depth = np.empty_like(tissue)
     diagonal = float(np.hypot(steps[1], steps[2]))
     units = np.rint(np.array([*steps, diagonal]) / kernel.DEPTH_STEP_MM).clip(1, 255)
     kernel.tissue_depth(tissue, units.astype(np.int64), depth)
 
-    table = _draw_look(random, protocol.phase)
+    table = _draw_look(seed, random, protocol.phase)
     n_k, n_i, n_j = tissue.shape
     table[:, kernel.CORE_HU] += table[:, kernel.FALL_HU] * 0.5 * n_i * steps[1]
     hollow = np.full(256, -1, np.int64)
     for name, number in _HOLLOW.items():
         hollow[_NUMBER_OF_TISSUE[name]] = number
     levels = _gas_levels(random, tissue, steps, hollow, table[:, kernel.GAS])
-    scanner = _scanner(random, protocol, tissue, steps)
+    scanner = _scanner(seed, random, protocol, tissue, steps)
     look = (table, hollow, texture)
 
     working = np.empty(tissue.shape, np.int16)
@@ -576,6 +619,7 @@ def _gas_levels(
 
 
 def _scanner(
+    seed: int,
     random: np.random.Generator,
     protocol: Protocol,
     tissue: NDArray[np.uint8],
@@ -585,11 +629,13 @@ def _scanner(
     n_k, n_i, n_j = tissue.shape
     lung, airway = _NUMBER_OF_TISSUE["lung"], _NUMBER_OF_TISSUE["airway"]
     bones = [_NUMBER_OF_TISSUE[name] for name in ("long_bone", "flat_bone", "spongy_bone")]
+    things = [_NUMBER_OF_TISSUE[name] for name in THINGS]
     body = np.empty((n_k, 3), np.float32)
     dense, bone, back = np.zeros(n_k), np.zeros(n_k), n_i
     for k, page in enumerate(tissue):
         counts = np.bincount(page.ravel(), minlength=_MAX_TISSUES + 1)
         dense[k] = n_i * n_j - counts[0] - 0.75 * (counts[lung] + counts[airway])
+        dense[k] -= counts[things].sum()
         bone[k] = counts[bones].sum()
         rows, columns = np.flatnonzero(page.any(1)), np.flatnonzero(page.any(0))
         if rows.size:
@@ -610,7 +656,8 @@ def _scanner(
     )
     middle = float(np.median(body[:, 1])) * steps[2] + random.normal(0, 12)
     top = back * steps[1] - random.uniform(4, 9)
-    couch = np.array([middle, top, random.uniform(500, 900), random.uniform(190, 225), 240.0])
+    couch = np.array([middle, top, random.uniform(500, 900), random.uniform(190, 225), 240.0, 9.0])
+    _change_bed(seed, protocol.bed, couch)
     couch *= protocol.couch
     tiles = _noise_tiles(random, (steps[1], steps[2]), protocol.sharpness_mm)
     taps = [_taps(np.hypot(protocol.sharpness_mm / s, 0.4)) for s in (steps[1], steps[2])]
@@ -618,11 +665,31 @@ def _scanner(
     return (steps, couch, taps[0], taps[1], random.uniform(0.1, 0.2), noise, tiles, circle)
 
 
+def _change_bed(seed: int, bed: Bed, couch: NDArray[np.float64]) -> None:
+    """Another table than the usual, in place; ``couch`` as ``add_couch`` takes it."""
+    random = np.random.default_rng([seed, 35])
+    if bed == "flat":
+        couch[2:4] = 1e5, random.uniform(200, 270)
+        couch[4:] = random.uniform(60, 500), random.uniform(0, 6)
+    elif bed == "cradle":
+        couch[2:4] = random.uniform(230, 420), random.uniform(150, 215)
+        couch[4:] = random.uniform(60, 400), random.uniform(5, 35)
+    couch[1] -= max(couch[5] - 9.0, 0.0)  # the patient lies on the mattress
+
+
 def _taps(sigma: float) -> NDArray[np.float32]:
     """Centre and one side of a normalised Gaussian of the given deviation in voxels."""
     n = int(np.ceil(2.6 * sigma)) + 1
     half = np.exp(-0.5 * (np.arange(n) / sigma) ** 2)
     return np.asarray(half / (half[0] + 2 * half[1:].sum()), np.float32)
+
+
+def _shoulder_mm(tissue: NDArray[np.uint8], steps: NDArray[np.float64]) -> float:
+    """Height of the shoulders: that of the lungs' tops, if these are in view."""
+    lung = np.flatnonzero((tissue == _NUMBER_OF_TISSUE["lung"]).any((1, 2)))
+    top = int(lung[-1]) if lung.size else len(tissue)
+    beyond = 60.0 if top >= len(tissue) - 1 else -10.0
+    return float(top * steps[0] + beyond)
 
 
 def _make_up_body(
@@ -694,7 +761,7 @@ def _fat_thickness(random: np.random.Generator, shape: tuple[int, int]) -> NDArr
     """(K, n_angles) subcutaneous fat, mm: thin at the sides, thicker in front and behind."""
     from scipy.ndimage import gaussian_filter1d
 
-    mean = random.uniform(7, 24)
+    mean = 4 + 34 * random.random() ** 1.6  # half of them below 15 mm, a tenth above 33
     turn = np.arange(shape[1]) * (2 * np.pi / shape[1])
     ring = 0.85 + 0.3 * np.abs(np.sin(turn)) ** 3
     ripple = gaussian_filter1d(random.standard_normal(shape[1]), 6, mode="wrap")

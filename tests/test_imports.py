@@ -19,6 +19,7 @@ COLUMNS = [
     ],
     ["anatomy", "volume"],
     ["cases", "labeltables"],
+    ["surroundings"],
     [
         "nifti",
         "dicom",

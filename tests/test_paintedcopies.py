@@ -20,6 +20,8 @@ STILL = Variety(
     view_mm=(900, 900),
     length_mm=(9000, 9000),
     pathology=None,
+    arms=(0, 0),
+    bedding=0,
 )
 
 
@@ -66,6 +68,18 @@ def test_copies_keep_their_sides_and_are_painted_as_tissues() -> None:
     assert np.median(volume.hu[labels == _label("lung_left")]) < -700
 
 
+@pytest.mark.parametrize("arms", [(1, 0), (0, 1)])
+def test_arms_are_seen_and_have_no_label(arms: tuple[float, float]) -> None:
+    without, _ = painted_copy(_anatomy(), 3, STILL)
+    volume, labels = painted_copy(_anatomy(), 3, replace(STILL, arms=arms))
+    more = (volume.hu > -300).sum() - (without.hu > -300).sum()
+    assert more * PAINTED_MM**3 / 1e6 > 0.5  # litres
+    beside = np.ptp(np.nonzero((volume.hu > -300).any((1, 2)))[0])
+    trunk = np.ptp(np.nonzero((without.hu > -300).any((1, 2)))[0])
+    assert beside > trunk
+    assert set(np.unique(labels)) <= {0, *_anatomy().names}
+
+
 def test_disease_changes_the_look_and_no_label() -> None:
     healthy, labels = painted_copy(_anatomy(), 2, STILL)
     ill, same = painted_copy(_anatomy(), 2, replace(STILL, pathology=Pathology(lesions=1)))
@@ -110,5 +124,9 @@ def test_impossible_wishes_are_named() -> None:
         Variety(view_mm=(0, 2))
     with pytest.raises(ValueError, match="length_mm"):
         Variety(length_mm=(0, 1))
+    with pytest.raises(ValueError, match="are shares"):
+        Variety(arms=(0.7, 0.4))
+    with pytest.raises(ValueError, match="are shares"):
+        Variety(bedding=1.1)
     with pytest.raises(ValueError, match="seed"):
         painted_copy(_anatomy(), -1)

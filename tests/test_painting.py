@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import naive
@@ -260,6 +261,37 @@ def test_the_couch_lies_behind_the_patient_and_the_circle_cuts() -> None:
     np.testing.assert_array_equal(cut[-1, -1], -1024)
 
 
+def test_beds_differ_and_are_as_bent_as_their_names() -> None:
+    labels = np.zeros((200, 150, 3), np.uint8)
+    labels[60:140, 60:120] = 1
+    box = LabelMap(labels, np.diag([2.0, 2.0, 4.0, 1.0]), {1: "skin"})
+
+    def rise(bed: str) -> float:
+        hu = paint(box, 3, Protocol(noise_hu=1.0, bed=bed)).hu[..., 1]  # type: ignore[arg-type]
+        shell = np.where((hu > -600) & (labels[..., 1] == 0), np.arange(150), -1).max(axis=1)
+        rows = shell[shell >= 0]
+        return float(np.ptp(rows))
+
+    assert rise("flat") <= 1
+    assert rise("flat") < rise("curved") < rise("cradle")
+
+
+def test_cushions_look_like_lung_and_lie_behind_the_patient() -> None:
+    labels = np.zeros((200, 150, 8), np.uint8)
+    labels[60:140, 60:120] = 1
+    box = LabelMap(labels, np.diag([2.0, 2.0, 4.0, 1.0]), {1: "skin"})
+    plain = Protocol(noise_hu=1.0, couch=False)
+    seen = []
+    for seed in range(6):
+        wrapped = paint(box, seed, replace(plain, bedding=True)).hu
+        changed = (wrapped != paint(box, seed, plain).hu) & (labels == 0)
+        foam = changed & (wrapped > -960) & (wrapped < -820)
+        seen.append(int(foam.sum()))
+        if seen[-1] > 5000:
+            assert np.nonzero(foam)[1].mean() < 80
+    assert max(seen) > 5000
+
+
 def test_gas_lies_in_front_of_the_fluid() -> None:
     labels = np.full((60, 80, 6), 2, np.uint8)
     labels[10:50, 15:65] = 1
@@ -386,6 +418,10 @@ def test_wrong_arguments_are_named() -> None:
         LabelMap(np.zeros((2, 2, 2), np.int32), np.eye(4), {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="phase 'venous' is unknown"):
         Protocol(phase="venous")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bed 'soft' is unknown; use one of curved, flat, cradle"):
+        Protocol(bed="soft")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="arms 'crossed' is unknown"):
+        Protocol(arms="crossed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise_hu -1"):
         Protocol(noise_hu=-1)
     with pytest.raises(ValueError, match="threads is 0"):

@@ -223,8 +223,8 @@ def blur_columns(source, taps, out):
 def add_couch(tissue, steps, couch, out):
     """Draw the patient table into the air of one slice.
 
-    couch : (5,) float64: column and row (mm) of the top of its shell at mid-line, radius of its
-    curve, half width, HU of the shell; a radius of 0 means no table.
+    couch : (6,) float64: column and row (mm) of the top of its shell at mid-line, radius of its
+    curve, half width, HU of the shell, mm of mattress on it; a radius of 0 means no table.
     """
     if couch[2] <= 0:
         return
@@ -234,12 +234,12 @@ def add_couch(tissue, steps, couch, out):
             continue
         top = couch[1] + x * x / (2 * couch[2])
         low = max(0, int((top - 70.0) / steps[1]))
-        high = min(out.shape[0], int((top + 10.0) / steps[1]) + 1)
+        high = min(out.shape[0], int((top + couch[5] + 1.0) / steps[1]) + 1)
         for i in range(low, high):
             if tissue[i, j] != 0:
                 continue
             below = top - i * steps[1]
-            if below < -9.0:
+            if below < -couch[5]:
                 continue
             if below < 0:
                 out[i, j] = -915.0  # the mattress
@@ -304,7 +304,7 @@ def paint_slices(out, first, maps, look, scanner, scratch):
     look : tuple
         table, hollow, texture; see ``paint_slice``.
     scanner : tuple
-        steps (3,) float64 mm; couch (5,); taps of the in-plane blur for rows and for columns;
+        steps (3,) float64 mm; couch (6,); taps of the in-plane blur for rows and for columns;
         weight of each neighbouring slice; noise and tiles and circle, see ``finish_slice``.
     scratch : (5, R, C) float32
     """
