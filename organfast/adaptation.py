@@ -44,6 +44,10 @@ _UNSEEN = 0.1
 _LEAST_P = 0.01
 """What is less probable at a position, and not its best class, is not there."""
 _N_SLICES = 16
+_N_LEVELS = 200
+_LEAST_DICE = 0.2
+"""An organ of which less than this is to be expected is not in view: it is not weighed up."""
+_MOST_GAIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Adapt:
         Of the guided filter's boxes, voxels of the model grid; 0 leaves it out.
     edge_hu : float
         Where HU deviate by more than this within a box, an edge is kept.
+    expected_dice : bool
+        Organs of which the classifier is nowhere quite sure are weighed up until the expected Dice
+        of the voxels that they win is greatest.
 
     Raises
     ------
@@ -74,10 +81,12 @@ class Adapt:
     least_core: int = 20
     radius: int = 1
     edge_hu: float = 20.0
+    expected_dice: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.own_hu, bool):
-            raise ValueError(f"own_hu is {self.own_hu!r}; give True or False")
+        for name in ("own_hu", "expected_dice"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
         if not 0 < self.core <= 1:
             raise ValueError(f"core is {self.core!r}; give a probability above 0, at most 1")
         if not is_whole(self.least_core, 1):
@@ -100,6 +109,8 @@ class Adaptation:
         Positions of each class's core.
     abstains : (n_classes,) bool
         Classes whose core was too small.
+    gain : (n_classes,) float32
+        How much each class is weighed up, at least 1.
     how : Adapt
         What was asked for.
     """
@@ -107,6 +118,7 @@ class Adaptation:
     likelihood: NDArray[np.float32]
     n_core: NDArray[np.int64]
     abstains: NDArray[np.bool_]
+    gain: NDArray[np.float32]
     how: Adapt
 
     @staticmethod
@@ -134,11 +146,9 @@ class Adaptation:
         """
         from scipy.ndimage import gaussian_filter1d
 
-        k, i, j = block_grid.centres
         n_classes = coarse.shape[-1]
         counts = np.zeros((n_classes, _N_BINS))
-        for n, slab in zip(k, coarse, strict=True):
-            bins = _binned(_units(grid_volume, slice(n, n + 1))[0][np.ix_(i, j)], grid_volume)
+        for slab, bins in _slabs_and_bins(coarse, block_grid, grid_volume):
             label = slab.argmax(axis=-1)
             sure = slab.max(axis=-1) >= how.core
             np.add.at(counts, (label[sure], bins[sure]), 1)
@@ -153,7 +163,13 @@ class Adaptation:
         abstains = (n_core < how.least_core) | (not how.own_hu)
         usual = BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]
-        return Adaptation(likelihood.astype(np.float32), n_core, abstains, how)
+        likely = likelihood.astype(np.float32)
+        gain = np.ones(n_classes, np.float32)
+        if how.expected_dice:
+            levels = _levels(_slabs_and_bins(coarse, block_grid, grid_volume), likely)
+            for label in classes.organs:
+                gain[label] = _gain(levels[label])
+        return Adaptation(likely, n_core, abstains, gain, how)
 
     def record(self, classes: ClassTable) -> dict[str, Any]:
         """What ``run.json`` tells of it.
@@ -168,7 +184,56 @@ class Adaptation:
             **asdict(self.how),
             "core_positions": {classes.names[n]: int(self.n_core[n]) for n in adapted},
             "abstained": [classes.names[n] for n in classes.organs if self.abstains[n]],
+            "weighed_up": {
+                classes.names[n]: round(float(self.gain[n]), 2)
+                for n in classes.organs
+                if self.gain[n] > 1
+            },
         }
+
+
+def _slabs_and_bins(
+    coarse: NDArray[np.float32], block_grid: BlockGrid, grid_volume: GridVolume
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]]:
+    """Slab after slab: probabilities at the positions, and the bins of their HU."""
+    k, i, j = block_grid.centres
+    for n, slab in zip(k, coarse, strict=True):
+        yield slab, _binned(_units(grid_volume, slice(n, n + 1))[0][np.ix_(i, j)], grid_volume)
+
+
+def _levels(
+    slabs: Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]], likelihood: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """(n_classes, _N_LEVELS): at how many positions each class is so probable, HU considered."""
+    n_classes = len(likelihood)
+    levels = np.zeros((n_classes, _N_LEVELS), np.int64)
+    by_bin = np.ascontiguousarray(likelihood.T)
+    for slab, bins in slabs:
+        p = slab * by_bin[bins]
+        p /= np.maximum(p.sum(axis=-1, keepdims=True), np.float32(1e-12))
+        level = np.minimum((p * _N_LEVELS).astype(np.intp), _N_LEVELS - 1)
+        for label in range(n_classes):
+            levels[label] += np.bincount(level[..., label].ravel(), minlength=_N_LEVELS)
+    return levels
+
+
+def _gain(n_at: NDArray[np.int64]) -> float:
+    """How much an organ is weighed up, from how often it is how probable.
+
+    Of the voxels above a threshold t, expected Dice is 2 sum(p) / (n + sum of all p); it is
+    greatest where t is half of it (Lipton, Elkan and Naryanaswamy 2014, theorem 1). A class wins
+    above t, not 1/2, when it is weighed up by (1 - t) / t.
+    """
+    p = (np.arange(_N_LEVELS) + 0.5) / _N_LEVELS
+    n_at = np.where(p < 2 * _LEAST_P, 0, n_at)
+    all_p = float((n_at * p).sum())
+    above_n, above_p = (np.cumsum(values[::-1])[::-1] for values in (n_at, n_at * p))
+    dice = 2 * above_p / np.maximum(above_n + all_p, 1e-9)
+    best = float(dice.max())
+    if best < _LEAST_DICE:
+        return 1.0
+    threshold = best / 2
+    return float(np.clip((1 - threshold) / threshold, 1.0, _MOST_GAIN))
 
 
 def check_adapts(grid: ModelGrid) -> None:
@@ -278,7 +343,8 @@ class _Stage:
             if box is None:
                 continue
             p = self._enlarged(asked, blocks.start, around, box)
-            p *= self.adaptation.likelihood[label][bins[(slice(None), *box)]]
+            weighed = self.adaptation.likelihood[label] * self.adaptation.gain[label]
+            p *= weighed[bins[(slice(None), *box)]]
             total[(slice(None), *box)] += p
             found[label] = box, p
         np.maximum(total, np.float32(1e-12), out=total)

@@ -21,7 +21,7 @@ CLASSES = ClassTable.from_names(["thorax_abdomen", "liver", "kidney_right", "kid
 BACKGROUND, CONTEXT, LIVER, RIGHT, LEFT = range(5)
 USUAL_HU = np.array([-1000, -100, 110, 30, 40])
 SHAPE, STRIDE = (37, 20, 23), (2, 3, 3)
-PLAIN = Adapt(own_hu=False, radius=0)
+PLAIN = Adapt(own_hu=False, radius=0, expected_dice=False)
 
 
 # --- the slow twin: the whole volume, explicit means ----------------------------------------------
@@ -62,7 +62,7 @@ def naive_adapted(
     """(K, R, C, n_classes)."""
     is_there = (coarse >= 0.01) | (coarse == coarse.max(axis=-1, keepdims=True))
     p = naive_enlarged(np.where(is_there, coarse, 0), blocks)
-    p *= np.moveaxis(adaptation.likelihood[:, naive_bins(volume)], 0, -1)
+    p *= np.moveaxis(adaptation.likelihood[:, naive_bins(volume)], 0, -1) * adaptation.gain
     p /= p.sum(axis=-1, keepdims=True)
     radius = adaptation.how.radius
     if radius:
@@ -93,6 +93,25 @@ def naive_counts(
             voxel = tuple(int(c[n]) for c, n in zip(blocks.centres, at, strict=True))
             counts[label, bins[voxel]] += 1
     return counts
+
+
+def naive_gain(
+    coarse: NDArray[np.float32], blocks: BlockGrid, volume: GridVolume, found: Adaptation
+) -> NDArray[np.float64]:
+    """(n_classes,): every threshold is tried on every position."""
+    bins = naive_bins(volume)[np.ix_(*blocks.centres)]
+    p = coarse * np.moveaxis(found.likelihood[:, bins], 0, -1)
+    p = (p / p.sum(axis=-1, keepdims=True)).reshape(-1, p.shape[-1]).astype(np.float64)
+    gain = np.ones(p.shape[1])
+    for label in CLASSES.organs:
+        ordered = np.sort(p[:, label])[::-1]
+        ordered = ordered[ordered >= 0.02]
+        if not len(ordered):
+            continue
+        best = max(2 * ordered[:n].sum() / (n + ordered.sum()) for n in range(1, len(ordered) + 1))
+        if best >= 0.2:
+            gain[label] = np.clip(2 / best - 1, 1, 4)
+    return gain
 
 
 # --- a scan and what a classifier said of it ------------------------------------------------------
@@ -151,6 +170,8 @@ def test_it_is_what_the_slow_twin_says(table: str, radius: int, own_hu: bool) ->
     before = [a.copy() for a in (given[0], given[2].hu)]
     found = Adaptation.of(*given, CLASSES, how)
     assert bool(found.abstains[LIVER]) is not own_hu
+    assert (found.gain[list(CLASSES.organs)] > 1).all()
+    np.testing.assert_allclose(found.gain, naive_gain(*given, found), rtol=0.02)
     expected = naive_adapted(*given, found)
     np.testing.assert_allclose(adapted(given, how), expected, atol=2e-4)
     for array, copy in zip((given[0], given[2].hu), before, strict=True):
@@ -233,7 +254,7 @@ def test_with_nothing_to_correct_by_it_is_the_plain_enlargement() -> None:
 def test_the_best_class_of_a_position_is_there_however_improbable() -> None:
     """Of more than a hundred classes all may be below a hundredth."""
     blocks = BlockGrid((6, 6, 6), (2, 2, 2))
-    coarse = np.full((*blocks.shape, 120), 0.99 / 119, np.float32)
+    coarse = np.full((*blocks.shape, 121), 0.99 / 120, np.float32)
     coarse[..., 7] = 0.01 - 1e-4
     volume = GridVolume(np.zeros((6, 6, 6), np.int16))
     classes = ClassTable.from_names([f"organ_{n}" for n in range(119)])
@@ -286,14 +307,58 @@ def test_the_record_is_json_and_says_who_was_adapted() -> None:
     kidneys = int(found.n_core[LEFT])
     assert record == {
         "own_hu": True, "core": 0.7, "least_core": 5, "radius": 1, "edge_hu": 20.0,
+        "expected_dice": True,
         "core_positions": {
             "liver": int(found.n_core[LIVER]), "kidney_right": kidneys, "kidney_left": kidneys
         },
         "abstained": [],
+        "weighed_up": {
+            CLASSES.names[n]: round(float(found.gain[n]), 2) for n in CLASSES.organs
+        },
     }  # fmt: skip
     nobody = Adaptation.of(*given, CLASSES, PLAIN).record(CLASSES)
-    assert nobody["core_positions"] == {}
+    assert nobody["core_positions"] == nobody["weighed_up"] == {}
     assert nobody["abstained"] == ["liver", "kidney_right", "kidney_left"]
+
+
+# --- who is weighed up ----------------------------------------------------------------------------
+
+
+def one_organ(p: NDArray[np.float64]) -> World:
+    """Positions in a row, each a voxel: liver with these probabilities, else context."""
+    blocks = BlockGrid((1, 1, len(p)), (1, 1, 1))
+    coarse = np.zeros((*blocks.shape, 5), np.float32)
+    coarse[0, 0, :, LIVER], coarse[0, 0, :, CONTEXT] = p, 1 - p
+    return coarse, blocks, GridVolume(np.zeros((1, 1, len(p)), np.int16))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_voxels_an_organ_wins_have_the_greatest_expected_dice_of_all_sets(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    p = np.sort(rng.uniform(0.05, 0.75, 10))
+    given = one_organ(p)
+    won = adapted(given, replace(PLAIN, expected_dice=True))[0, 0, :, LIVER] > 0.5
+    sets = np.array(list(product([False, True], repeat=10)))
+    expected = 2 * (sets * p).sum(axis=1) / (sets.sum(axis=1) + p.sum())
+    best = sets[expected.argmax()]
+    mine = 2 * p[won].sum() / (won.sum() + p.sum())
+    assert mine == pytest.approx(expected.max(), rel=0.01)
+    assert best.sum() - 1 <= won.sum() <= best.sum() + 1
+    assert mine > 2 * p[p > 0.5].sum() / ((p > 0.5).sum() + p.sum()) + 0.01
+
+
+def test_an_organ_that_is_sure_and_one_out_of_view_are_not_weighed_up() -> None:
+    how = replace(PLAIN, expected_dice=True)
+    sure = one_organ(np.repeat([0.99, 0.001], 200))
+    assert Adaptation.of(*sure, CLASSES, how).gain[LIVER] == pytest.approx(1, abs=0.05)
+    nowhere = one_organ(np.full(400, 0.08))
+    found = Adaptation.of(*nowhere, CLASSES, how)
+    np.testing.assert_array_equal(found.gain, 1)
+    doubtful = one_organ(np.repeat([0.25, 0.001], 200))
+    found = Adaptation.of(*doubtful, CLASSES, how)
+    assert found.gain[LIVER] == pytest.approx(4, abs=0.05)
+    np.testing.assert_array_equal(np.delete(found.gain, LIVER), 1)
+    np.testing.assert_array_equal(Adaptation.of(*doubtful, CLASSES, PLAIN).gain, 1)
 
 
 # --- what it is for -------------------------------------------------------------------------------
@@ -330,6 +395,7 @@ def test_an_organ_that_was_drawn_too_large_comes_nearer_to_its_edge(how: Adapt) 
     ("wrong", "words"),
     [
         ({"own_hu": 1}, "own_hu is 1"),
+        ({"expected_dice": None}, "expected_dice is None"),
         ({"core": 0}, "core is 0"),
         ({"core": 1.1}, r"core is 1\.1"),
         ({"core": float("nan")}, "core is nan"),

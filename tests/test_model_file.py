@@ -178,9 +178,19 @@ def test_how_it_adapts_comes_back_and_is_not_in_the_file_of_a_model_that_does_no
     assert load_model(path).digest == small().digest
 
 
+def test_a_model_of_before_organs_were_weighed_up_goes_on_without(tmp_path: Path) -> None:
+    model = replace(small(), adapt=Adapt(expected_dice=False))
+    save_model(model, tmp_path / "m.organfast")
+    header, arrays = parts((tmp_path / "m.organfast").read_bytes())
+    del header["adapt"]["expected_dice"]
+    (tmp_path / "old.organfast").write_bytes(joined(header, arrays))
+    assert load_model(tmp_path / "old.organfast").adapt == model.adapt
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"expected_dice": 1}, "adapt is missing, or not"),
         ({"radius": 99}, "radius is 99"),
         ({"radius": True}, "adapt is missing, or not"),
         ({"edge_hu": "20"}, "adapt is missing, or not"),

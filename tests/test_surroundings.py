@@ -1,4 +1,4 @@
-"""What lies beside a trunk: where it lies, what it is made of, and that the trunk stays as it is."""
+"""What lies beside a trunk: where, made of what, and that the trunk stays as it is."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from organfast.layouts import case_labels, find_cases
 from organfast.metrics import dice_per_class
 from organfast.models.classifier import Model
 from organfast.nifti import read_scan
+from organfast.organs import Presence
 from organfast.pipeline import Settings, segment
 from organfast.refinement import Refine
 from organfast.results import Result
@@ -29,9 +30,10 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
 STEPS: dict[str, Adapt | bool] = {
     "the classifier alone": False,
-    "+ HU of this scan's organs": Adapt(radius=0),
-    "+ guided filter alone": Adapt(own_hu=False),
-    "+ both": True,
+    "+ HU of this scan's organs": Adapt(radius=0, expected_dice=False),
+    "+ guided filter alone": Adapt(own_hu=False, expected_dice=False),
+    "+ both": Adapt(expected_dice=False),
+    "+ both, doubtful organs weighed up": True,
 }
 STAGES = {
     "every 6 mm": Settings(),
@@ -70,8 +72,8 @@ def _mean_of(
 ) -> dict[str, float]:
     """Of the six large organs and of all: means over patients, then organs; and the share asked."""
     by_patient, shares = [], []
-    for result, dice in _segmented(model, dataset, patients, settings):
-        by_patient.append(dice)
+    for result, truth in _segmented(model, dataset, patients, settings):
+        by_patient.append(_dice_of(result, truth, len(model.classes)))
         shares.append(result.record["positions"]["share_asked"])
     columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
     scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
@@ -96,27 +98,44 @@ def means(dice: Mapping[str, float]) -> dict[str, float]:
     return {"six": round(float(np.mean(six)), 3), "all": round(float(np.mean([*dice.values()])), 3)}
 
 
-def certainties(model: Model, dataset: Path, patients: Sequence[str]) -> list[list[float]]:
-    """(mean probability, Dice) of each organ that is reported of each patient."""
-    return [
-        [round(organ.confidence, 3), round(float(dice[organ.label]), 3)]
-        for result, dice in _segmented(model, dataset, patients, Settings())
-        for organ in result.organs.values()
-        if organ.present and organ.confidence is not None
-    ]
+def reports(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
+    """What is said of organs as a whole.
+
+    ``certainties`` are (mean probability, Dice) of each organ that is reported of each patient;
+    ``presence`` counts organs that are there and of those the missed ones, organs that are not
+    there and of those the reported ones. There is what has as many ml as are needed for a report.
+    """
+    certainties: list[list[float]] = []
+    presence = dict.fromkeys(("there", "missed", "not_there", "reported"), 0)
+    for result, truth in _segmented(model, dataset, patients, Settings()):
+        dice = _dice_of(result, truth, len(model.classes))
+        ml = np.bincount(truth.ravel(), minlength=len(model.classes)) * result.scan.volume.voxel_ml
+        for organ in result.organs.values():
+            if organ.present and organ.confidence is not None:
+                certainties.append([round(organ.confidence, 3), round(float(dice[organ.label]), 3)])
+            if ml[organ.label] >= Presence().min_ml:
+                presence["there"] += 1
+                presence["missed"] += not organ.present
+            elif not ml[organ.label]:
+                presence["not_there"] += 1
+                presence["reported"] += organ.present
+    return {"certainties": certainties, "presence": presence}
 
 
 def _segmented(
     model: Model, dataset: Path, patients: Sequence[str], settings: Settings
-) -> Iterator[tuple[Result, NDArray[np.float64]]]:
-    """Each patient segmented, and the Dice of every class."""
-    n = len(model.classes)
+) -> Iterator[tuple[Result, NDArray[Any]]]:
+    """Each patient segmented, and the true label map in working order."""
     for case in find_cases(dataset).cases:
         if case.patient in patients:
             scan = read_scan(case.image)
-            result = segment(scan, model, settings, threads=2)
             truth = case_labels(case, model.classes, scan.volume).labels
-            yield result, dice_per_class(np.minimum(truth, n), result.labels, n + 1)
+            yield segment(scan, model, settings, threads=2), truth
+
+
+def _dice_of(result: Result, truth: NDArray[Any], n_classes: int) -> NDArray[np.float64]:
+    """(n_classes + 1,): the last of what no class is."""
+    return dice_per_class(np.minimum(truth, n_classes), result.labels, n_classes + 1)
 
 
 def sure_from(rows: Sequence[Sequence[float]]) -> dict[str, Any] | None:

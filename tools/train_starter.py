@@ -32,7 +32,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from starter_scores import certainties, each_stage, each_step, kept, scores, with_sureness
+from starter_scores import each_stage, each_step, kept, reports, scores, with_sureness
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
@@ -41,7 +41,7 @@ from organfast.body import body_voxels
 from organfast.grid import ModelGrid, resample_labels, to_model_grid
 from organfast.layouts import find_cases, write_case
 from organfast.learning import Recipe, Sampling, train
-from organfast.models.classifier import Model, save_model
+from organfast.models.classifier import Model, load_model, save_model
 from organfast.networklearning import NetworkRecipe, training_settings
 from organfast.nifti import read_scan
 from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
@@ -119,6 +119,9 @@ def main() -> int:
     cases = given.work / "cases"
     for made in made_cases(given, cases):
         print(f"{made}, {time.perf_counter() - start:.0f} s", flush=True)
+    if given.judge:
+        judge(load_model(given.output), given)
+        return 0
     dataset = find_cases(cases)
     learned = [name for name in LABEL_MAPS if name != given.without][: given.anatomies]
     wanted = [c.name for c in dataset.cases if _is_wanted(c.name, learned, given)]
@@ -162,6 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="the public pool")
     parser.add_argument("--without", choices=LABEL_MAPS, help="leave this anatomy out")
     parser.add_argument("-o", "--output", type=Path, help="the model file")
+    parser.add_argument("--judge", action="store_true", help="judge the model that is there again")
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="a folder to keep")
     parser.add_argument("--painted", type=int, default=20, help="painted copies of each anatomy")
     parser.add_argument("--altered", type=int, default=16, help="altered copies of each scan")
@@ -177,6 +181,8 @@ def _arguments() -> argparse.Namespace:
     if given.output is None:
         left_out = Path("build") / f"starter-without-{given.without}.organfast"
         given.output = left_out if given.without else SHIPPED
+    if given.judge and not given.without:
+        parser.error("--judge needs --without: judged is what a model was trained without")
     return given
 
 
@@ -202,7 +208,7 @@ def judge(model: Model, given: argparse.Namespace) -> None:
         if not special and kind == "scan":
             row["stages"] = each_stage(model, folder, patients)
         if not special and kind == "painted":
-            row["certainties"] = certainties(model, folder, patients)
+            row |= reports(model, folder, patients)
     for key, row in rows.items():
         print(key, json.dumps({k: v for k, v in row.items() if k != "certainties"}), flush=True)
     kept(rows)

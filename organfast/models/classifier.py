@@ -256,7 +256,7 @@ def load_model(path: StrPath) -> Model:
             grid=grid,
             calibration=calibration_from_dict(header["calibration"], len(classes)),
             presets=None if header["presets"] is None else Curve.from_dict(header["presets"]),
-            adapt=None if header.get("adapt") is None else Adapt(**header["adapt"]),
+            adapt=None if header.get("adapt") is None else Adapt(**_BEFORE_GAIN | header["adapt"]),
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -363,6 +363,15 @@ def _read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
 # A type; alternatives; [items]; {key: value}, where `str: value` stands for any further keys.
 # `object` is any JSON.
 _NUMBER = (int, float)
+_ADAPT = {
+    "own_hu": bool,
+    "core": _NUMBER,
+    "least_core": int,
+    "radius": int,
+    "edge_hu": _NUMBER,
+}
+_BEFORE_GAIN = {"expected_dice": False}
+"""Models that were written before organs were weighed up go on without."""
 _SHAPE: dict[Any, Any] = {
     "schema": int,
     "classifier": str,
@@ -403,16 +412,7 @@ _SHAPE: dict[Any, Any] = {
     "versions": {str: str},
     "calibration": ({"kind": str, str: object}, None),
     "presets": ({str: object}, None),
-    "adapt": (
-        {
-            "own_hu": bool,
-            "core": _NUMBER,
-            "least_core": int,
-            "radius": int,
-            "edge_hu": _NUMBER,
-        },
-        None,
-    ),
+    "adapt": ({**_ADAPT, "expected_dice": bool}, _ADAPT, None),
 }
 
 
