@@ -45,7 +45,7 @@ _LEAST_P = 0.01
 """What is less probable at a position, and not its best class, is not there."""
 _N_SLICES = 16
 _N_LEVELS = 200
-_LEAST_DICE = 0.2
+_LEAST_DICE = 0.3
 """An organ of which less than this is to be expected is not in view: it is not weighed up."""
 _MOST_GAIN = 4.0
 

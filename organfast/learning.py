@@ -535,6 +535,7 @@ class _Source:
         """Give the positions of each version of each case, and their labels; the record of it."""
         fine, recipe, n_of_each = self.fine, self.recipe, self.n_of_each(cases)
         spacings, digests, warnings = [], {}, []
+        whole_ml: dict[str, float] = {}
         counts = np.zeros((len(cases), len(fine.names)), np.int64)
         for number, case in enumerate(cases):
             self.progress("reading cases", number, len(cases))
@@ -543,6 +544,8 @@ class _Source:
                 positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
                 take(case, version, positions, drawn)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
+            for name, ml in _whole_ml(scan, fine.classes).items():
+                whole_ml[name] = min(ml, whole_ml.get(name, ml))
             spacings.append(scan.grid_volume.spacing_mm)
             digests[case.name] = case_digests(case)
             warnings += [f"{case.name}: {warning}" for warning in scan.warnings]
@@ -553,9 +556,25 @@ class _Source:
             "n_of_each_class": n_of_each,
             "n_examples": int(counts.sum()),
             "n_cases_with": dict(zip(fine.names, (counts > 0).sum(axis=0).tolist(), strict=True)),
+            "whole_ml": whole_ml,
             "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
             "warnings": warnings,
         }
+
+
+def _whole_ml(scan: LabelledScan, classes: ClassTable) -> dict[str, float]:
+    """Volume, ml, of each organ that touches no side of the field of view."""
+    labels, n = scan.labels, np.iinfo(scan.labels.dtype).max + 1
+    counts = np.bincount(labels.ravel(), minlength=n)
+    for axis in range(3):
+        for side in (0, -1):
+            counts[labels.take(side, axis)] = 0
+    voxel_ml = float(np.prod(scan.grid_volume.spacing_mm)) / 1000
+    return {
+        classes.names[label]: round(float(counts[label]) * voxel_ml, 3)
+        for label in classes.organs
+        if counts[label]
+    }
 
 
 def _learned_forest(

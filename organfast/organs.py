@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ _COORDINATES = (
 
 @dataclass(frozen=True)
 class Presence:
-    """When an organ counts as present: large enough, and certain enough.
+    """When an organ counts as present: large enough, certain enough, and no crumb of an organ.
 
     Parameters
     ----------
@@ -49,13 +49,23 @@ class Presence:
     sure : float or None
         An organ that is present with a smaller mean probability gets a warning that starts with
         "not sure", as ``Model.sure`` was measured. None warns of nothing.
+    whole_ml : mapping of str to float, ml
+        Volume of the smallest of each organ that was learned from and lay wholly in view, as
+        ``Model.whole_ml`` has it. An organ that touches no side of the field of view is whole: with
+        less than ``least_of_whole`` of this volume it is none.
+    least_of_whole : float
+        Share of that volume, 0..1.
     """
 
     min_ml: float = 0.5
     min_confidence: float = 0.2
     sure: float | None = None
+    whole_ml: Mapping[str, float] = field(default_factory=dict)
+    least_of_whole: float = 0.2
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least_of_whole <= 1:
+            raise ValueError(f"least_of_whole {self.least_of_whole} is outside 0..1")
         if not self.min_ml >= 0:
             raise ValueError(f"min_ml {self.min_ml} is negative; use 0 ml or more")
         if not 0 <= self.min_confidence <= 1:
@@ -186,7 +196,7 @@ def organs_json(organs: Mapping[str, Organ]) -> str:
         As :func:`measure_organs` gives them.
     """
     table = {
-        name: {field.name: _rounded(getattr(organ, field.name), field.name) for field in _FIELDS}
+        name: {of.name: _rounded(getattr(organ, of.name), of.name) for of in _FIELDS}
         for name, organ in organs.items()
     }
     content = {"coordinates": _COORDINATES, "organs": table}
@@ -209,7 +219,7 @@ def organs_from_json(text: str) -> dict[str, Organ]:
     try:
         table = json.loads(text)["organs"]
         return {
-            str(name): Organ(**{field: _tuples(value) for field, value in row.items()})
+            str(name): Organ(**{key: _tuples(value) for key, value in row.items()})
             for name, row in table.items()
         }
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -315,6 +325,12 @@ def _judge(organ: Organ, presence: Presence) -> Organ:
     if organ.confidence is not None and organ.confidence < presence.min_confidence:
         warnings.append(
             f"mean probability {organ.confidence:.2f} is below {presence.min_confidence:.2f}"
+        )
+    least_ml = presence.least_of_whole * presence.whole_ml.get(organ.name, 0.0)
+    if not organ.cut_off and organ.volume_ml < least_ml:
+        warnings.append(
+            f"{organ.volume_ml:.1f} ml found wholly in view, less than the {least_ml:.1f} ml that "
+            "a whole one has"
         )
     is_present = not warnings
     if is_present and _is_doubtful(organ.confidence, presence.sure):

@@ -422,7 +422,7 @@ def _segment(
         cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
         position = evidence.position if evidence else None
-        presence = Presence(sure=model.sure)
+        presence = Presence(sure=model.sure, whole_ml=model.whole_ml)
         organs = measure_organs(labels, confidence, volume, classes, position, presence)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         keep_labels(labels, wanted)

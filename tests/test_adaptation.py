@@ -109,7 +109,7 @@ def naive_gain(
         if not len(ordered):
             continue
         best = max(2 * ordered[:n].sum() / (n + ordered.sum()) for n in range(1, len(ordered) + 1))
-        if best >= 0.2:
+        if best >= 0.3:
             gain[label] = np.clip(2 / best - 1, 1, 4)
     return gain
 

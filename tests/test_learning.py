@@ -265,6 +265,24 @@ def test_without_a_floor_there_are_as_many_examples_as_are_asked_for() -> None:
     assert Sampling().most_examples([100, 300, 100]) == 500
 
 
+def test_the_smallest_whole_organs_are_known(fine_cases: Path) -> None:
+    """Counted again voxel by voxel on the model grid; what touches a side is not whole."""
+    model = learn(fine_cases, n_per_class=20)
+    expected: dict[str, list[float]] = {}
+    for case in find_cases(fine_cases).cases:
+        if case.patient not in SPLIT.train:
+            continue
+        scan = labelled_scan(case, model.classes, model.grid)
+        voxel_ml = float(np.prod(scan.grid_volume.spacing_mm)) / 1000
+        for label in model.classes.organs:
+            places = np.argwhere(scan.labels == label)
+            inside = (places > 0) & (places < np.array(scan.labels.shape) - 1)
+            if len(places) and inside.all():
+                expected.setdefault(model.classes.names[label], []).append(len(places) * voxel_ml)
+    assert len(expected) > 3
+    assert model.whole_ml == pytest.approx({k: min(v) for k, v in expected.items()}, abs=1e-3)
+
+
 def test_a_model_of_classes_in_proportion(fine_cases: Path) -> None:
     """Counted again in each case; what is beside the classes is drawn by itself."""
     sampling = Sampling(least_share=0.1)

@@ -162,6 +162,16 @@ def test_the_digest_tells_models_apart() -> None:
     assert small().digest == model.digest
 
 
+@pytest.mark.parametrize("wrong", [7, ["liver"], {"liver": -1}, {"liver": "3"}, {"liver": True}])
+def test_how_large_whole_organs_are_must_be_numbers(wrong: Any) -> None:
+    model = small()
+    assert model.whole_ml == {}
+    known = replace(model, training={**model.training, "whole_ml": {"liver": 900}})
+    assert known.whole_ml == {"liver": 900.0}
+    with pytest.raises(ValueError, match="how large whole organs are"):
+        replace(model, training={**model.training, "whole_ml": wrong})
+
+
 def test_how_it_adapts_comes_back_and_is_not_in_the_file_of_a_model_that_does_not(
     tmp_path: Path,
 ) -> None:

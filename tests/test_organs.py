@@ -254,6 +254,29 @@ def test_an_organ_that_is_less_probable_than_the_sure_ones_stays_and_is_doubted(
     assert any(organ.present for organ in calm.values())
 
 
+def test_a_crumb_wholly_in_view_is_no_organ_and_one_that_is_cut_off_may_be() -> None:
+    whole = torso()
+    liver = np.argwhere(whole == TABLE.index("liver"))[:, 0]
+    labels = np.ascontiguousarray(whole[: int(np.median(liver)) + 1])  # through the liver
+    volume = scan(labels.shape[::-1], CUBE)
+    usual = measure_organs(labels, None, volume, TABLE, presence=Presence(min_ml=0))
+    there = {name: organ for name, organ in usual.items() if organ.present}
+    in_view = {name for name, organ in there.items() if not organ.cut_off}
+    assert in_view
+    assert in_view != set(there)
+    whole_ml = {name: 5.01 * organ.volume_ml for name, organ in there.items()}
+    strict = Presence(min_ml=0, whole_ml=whole_ml)
+    found = measure_organs(labels, None, volume, TABLE, presence=strict)
+    assert {name for name, organ in found.items() if organ.present} == set(there) - in_view
+    for name in in_view:
+        assert "found wholly in view, less than the" in found[name].warnings[0]
+        assert found[name].n_voxels == there[name].n_voxels
+    for lenient in (replace(strict, least_of_whole=0.19), replace(strict, whole_ml={})):
+        assert measure_organs(labels, None, volume, TABLE, presence=lenient) == usual
+    with pytest.raises(ValueError, match=r"least_of_whole 1\.2 is outside"):
+        Presence(least_of_whole=1.2)
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     labels = torso()
     volume = scan(labels.shape[::-1], CUBE)

@@ -132,6 +132,7 @@ class Model:
         k, i, j = self.stride
         object.__setattr__(self, "stride", (int(k), int(i), int(j)))
         _check_sure(self.training.get("sure"))
+        _check_whole(self.training.get("whole_ml", {}))
         calibration_from_dict(self._header["calibration"], len(self.classes))
         if self.presets is not None:
             _check_presets(self.presets, self.classifier)
@@ -152,6 +153,11 @@ class Model:
         """The mean probability from which on an organ was good, as measured; see ``training``."""
         known = self.training.get("sure")
         return None if known is None else float(known["confidence"])
+
+    @property
+    def whole_ml(self) -> Mapping[str, float]:
+        """Organ -> ml of the smallest whole one that was learned from; see ``Presence``."""
+        return {name: float(ml) for name, ml in self.training.get("whole_ml", {}).items()}
 
     @cached_property
     def _header(self) -> dict[str, Any]:
@@ -422,6 +428,15 @@ def _check_sure(sure: Any) -> None:
     confidence: Any = sure.get("confidence") if isinstance(sure, Mapping) else None
     if type(confidence) not in _NUMBER or not 0 <= confidence <= 1:
         raise ValueError("when it is sure of an organ is told by a confidence from 0 to 1")
+
+
+def _check_whole(whole_ml: Any) -> None:
+    is_right = isinstance(whole_ml, Mapping) and all(
+        isinstance(name, str) and type(ml) in _NUMBER and 0 <= ml < float("inf")
+        for name, ml in whole_ml.items()
+    )
+    if not is_right:
+        raise ValueError("how large whole organs are is told by a number of ml for each")
 
 
 def _check_header(header: dict[str, Any]) -> None:
