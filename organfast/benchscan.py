@@ -22,7 +22,7 @@ from organfast.blocks import Block, Context
 from organfast.grid import ModelGrid
 from organfast.volume import Volume
 
-__all__ = ["GUNZIP", "ScanCase", "gunzip"]
+__all__ = ["GUNZIP", "ScanCase", "gunzip", "scan_folder"]
 
 GUNZIP = "isal gunzip of the file, 1 thread"
 _SAMPLE_SECONDS = 0.02
@@ -111,7 +111,7 @@ class ScanCase:
             may drop; sampled), ``organs`` (found), and per time, in s, ``total``, ``gunzip`` (of a
             compressed scan) and ``stages``.
         """
-        folder = _scan_folder(self.shape, self.repeats, self.ending)
+        folder = scan_folder(self.shape, self.repeats, self.ending)
         with tempfile.TemporaryDirectory(prefix="organfast-bench-") as own:
             self._train(Path(own) / "model.organfast")
             command = [sys.executable, "-m", "organfast.benchscan", f"{own}/model.organfast"]
@@ -153,8 +153,18 @@ class ScanCase:
 
 
 @cache
-def _scan_folder(shape: tuple[int, int, int], repeats: int, ending: str) -> str:
-    """A folder that holds ``scan`` with that ending; it is gone when the process ends."""
+def scan_folder(shape: tuple[int, int, int], repeats: int, ending: str) -> str:
+    """A folder that holds ``scan`` with that ending; it is gone when the process ends.
+
+    Parameters
+    ----------
+    shape : (n_x, n_y, n_z) int
+        Voxels; a painted phantom's trunk is spread over them.
+    repeats : int
+        How often each painted slice stands.
+    ending : {".nii.gz", ".nii"}
+        Of the file.
+    """
     from organfast.nifti import write_volume
     from organfast.painting import paint
     from organfast.phantom import FieldOfView, phantom

@@ -463,6 +463,21 @@ def test_the_asv_suite_sets_up_and_its_configuration_is_json() -> None:
 
 
 @NEEDS_JAX
+def test_the_whole_command_is_run_beside_gunzip(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, and nothing is said of how long it took: a small scan costs the start alone."""
+    command = _load("benchmarks/whole_command.py")
+    command.main(["48", "48", "24", "--rounds", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["shape"] == [48, 48, 24]
+    assert found["file_mb"] > 0.01
+    assert [len(seconds) for seconds in found["seconds"].values()] == [1, 1]
+    assert found["ratios"] == [found["ratio"]]
+    assert found["peak_mb"] > 50
+    with pytest.raises(SystemExit):
+        command.main(["48", "48"])
+
+
+@NEEDS_JAX
 def test_the_asv_suite_of_the_cnn_sets_up(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = _load("benchmarks/suite/cnn.py")
     monkeypatch.setattr(suite, "SQUARE", SQUARE)
