@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable
+from organfast.augmentation import mirror_partners
 from organfast.errors import is_whole
 from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.probability import BACKGROUND, AxisWeights, Slab, axis_weights
@@ -152,8 +153,9 @@ class Adaptation:
             label = slab.argmax(axis=-1)
             sure = slab.max(axis=-1) >= how.core
             np.add.at(counts, (label[sure], bins[sure]), 1)
-        for label, partner in _pairs(classes):  # both sides of a patient look alike
-            counts[[label, partner]] = counts[label] + counts[partner]
+        for label, partner in enumerate(mirror_partners(classes)):
+            if partner > label:  # both sides of a patient look alike
+                counts[[label, partner]] = counts[label] + counts[partner]
         n_core = counts.sum(axis=1).astype(np.int64)
         smooth = gaussian_filter1d(counts, _BANDWIDTH, axis=1, mode="nearest")
         total = smooth.sum(axis=1, keepdims=True)
@@ -420,13 +422,6 @@ def _box_mean(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
 
     mean: NDArray[np.float32] = uniform_filter(values, 2 * radius + 1, mode="nearest")
     return mean
-
-
-def _pairs(classes: ClassTable) -> Iterator[tuple[int, int]]:
-    """Labels of structures that a body has on both sides."""
-    for label, structure in enumerate(classes.structures):
-        if structure.side == "R" and structure.mirror in classes.names:
-            yield label, classes.index(structure.mirror)
 
 
 def _units(volume: GridVolume, slices: slice) -> NDArray[np.int16]:

@@ -127,16 +127,21 @@ class Sampling:
                 f"least_share is {self.least_share!r}; give a share from 0.001 to 1, or None"
             )
 
-    def in_proportion(self, counts: NDArray[np.int64], n_least: int) -> list[int]:
+    def in_proportion(
+        self, labels: NDArray[np.unsignedinteger], n_labels: int, n_least: int
+    ) -> list[int]:
         """Positions of each label when they are drawn in proportion to its voxels.
 
         Parameters
         ----------
-        counts : (n_labels,) int64
-            Voxels of each; the background's, outside the body, count for nothing.
+        labels : (n_k, n_i, n_j) unsigned
+            Label map; the background, outside the body, counts for nothing.
+        n_labels : int
+            Labels that are drawn: the lowest.
         n_least : int
             Positions of the rarest.
         """
+        counts = np.bincount(labels.ravel(), minlength=n_labels)[:n_labels]
         share = counts / max(counts[BACKGROUND + 1 :].max(initial=0), 1)
         share[BACKGROUND] = 0
         least = self.least_share or 1.0
@@ -660,8 +665,7 @@ class _Version:
         labels = self.scan.labels
         by_itself = sampling.n_per_nuisance is not None or sampling.least_share is not None
         if sampling.least_share is not None:
-            counts = np.bincount(labels.ravel(), minlength=len(n_of_each))[: len(n_of_each)]
-            n_of_each = sampling.in_proportion(counts, min(n_of_each))
+            n_of_each = sampling.in_proportion(labels, len(n_of_each), min(n_of_each))
         positions, drawn = sample_positions(
             labels if by_itself else fine.merged(labels),
             dict(enumerate(n_of_each)),
@@ -812,8 +816,8 @@ def _held_out_answers(
         scan = labelled_scan(case, model.classes, model.grid, fine.nuisance)
         labels, n_of_each = fine.merged(scan.labels), balanced
         if in_proportion:
-            counts = np.bincount(labels.ravel(), minlength=len(balanced))[: len(balanced)]
-            n_of_each = dict(enumerate(recipe.sampling.in_proportion(counts, recipe.n_per_class)))
+            drawn = recipe.sampling.in_proportion(labels, len(balanced), recipe.n_per_class)
+            n_of_each = dict(enumerate(drawn))
         positions, truth = sample_positions(labels, n_of_each, (recipe.seed, number))
         found.append(probabilities_at(model, scan.grid_volume, positions))
         truths.append(truth)

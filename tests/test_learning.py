@@ -231,13 +231,16 @@ def test_copies_that_alter_nothing_are_the_case_drawn_again(model: Model, fine_c
 def test_positions_are_in_proportion_to_voxels_with_a_floor(least_share: float) -> None:
     sampling = Sampling(least_share=least_share)
     counts = np.array([10**6, 20_000, 5_000, 900, 0])  # the air outside, half a body, ...
-    found = sampling.in_proportion(counts, 10)
+    labels = np.repeat(np.arange(5, dtype=np.uint8), counts).reshape(1, 100, -1)
+    found = sampling.in_proportion(labels, 5, 10)
     for label, n in enumerate(found):
         share = 0.0 if label == 0 else counts[label] / 20_000
         assert n == round(10 * max(share, least_share) / least_share)
     assert min(found) == 10
     assert sum(found[1:]) <= sampling.most_examples([10] * 5)
-    assert sampling.in_proportion(np.zeros(3, int), 4) == [4, 4, 4]
+    assert sampling.in_proportion(np.zeros((2, 2, 2), np.uint8), 3, 4) == [4, 4, 4]
+    unknown = np.full((2, 2, 2), 255, np.uint8)
+    assert sampling.in_proportion(unknown, 3, 4) == [4, 4, 4]
 
 
 def test_calibration_is_fitted_to_what_training_draws(
