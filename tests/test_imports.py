@@ -32,7 +32,10 @@ COLUMNS = [
         "painting",
     ],
     ["grid", "levels", "body", "display", "page"],
-    ["blocks", "sampling", "augmentation", "pathology", "paintedcopies"],
+    [
+        *("blocks", "sampling", "augmentation", "paintedcopies"),
+        *("diseasedscan", "lesions", "metal", "pathology"),
+    ],
     ["probability", "adaptation"],
     [
         "models.architecture",

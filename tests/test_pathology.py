@@ -7,8 +7,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from organfast.pathology import Pathology, _Lesion, _relative_radius, _Rod, _Scan, diseased
-from organfast.pathology import _paint_rod as paint_rod
+from organfast.diseasedscan import DiseasedScan
+from organfast.lesions import _Lesion, _relative_radius
+from organfast.metal import _paint_rod, _Rod
+from organfast.pathology import Pathology, diseased
 
 SPACING = (2.0, 2.0, 2.0)
 HEALTHY = Pathology(
@@ -196,9 +198,9 @@ def test_a_rod_is_as_the_distance_says() -> None:
     """Voxel by voxel: the share of metal falls over a voxel at the rod's surface."""
     shape, steps = (12, 14, 16), np.array([3.0, 2.0, 1.5])
     hu = np.zeros(shape, np.int16)
-    scan = _Scan(hu, np.zeros(shape, np.uint8), {}, steps, [])
+    scan = DiseasedScan(hu, np.zeros(shape, np.uint8), {}, steps, [])
     rod = _Rod(np.array([2.0, 3.0, 4.5]), np.array([9.0, 8.0, 10.0]), 3.0)
-    paint_rod(scan, rod, 2500.0)
+    _paint_rod(scan, rod, 2500.0)
     a, b = rod.start * steps, rod.stop * steps
     for at in np.ndindex(shape):
         p = np.array(at) * steps
