@@ -8,11 +8,11 @@ into the model that is shipped.
 
 The pool: two labelled CT scans (chest, abdomen) and three label maps without a scan (s0011,
 s0327, s0328). Each anatomy is painted many times (`painted_copy`: other sizes, postures, organs,
-tissues, phases and scanners), each scan is altered as often (`altered_copy`), some of either have
-lesions and metal (`diseased`); a network of blocks learns from all of them. A scan that is left out
-is left out altogether: its anatomy is not painted either. Interrupted, the same command goes on
-where it was; the folder of `--work` holds what is made on the way (some 2 GB), the cases the same
-for all of them.
+tissues, phases, scanners, beds and arms), each scan is altered nearly as often (`altered_copy`),
+most of either have lesions or metal (`diseased`); a network of blocks learns from all of them. A
+scan that is left out is left out altogether: its anatomy is not painted either. Interrupted, the
+same command goes on where it was; the folder of `--work` holds what is made on the way (some 2 GB),
+the cases the same for all of them. `--judge` judges a model that is there once more.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ CARD = {
     "labels": "automatic, of TotalSegmentator, for both scans: agreement, not truth",
     "limits": [
         "adults lying on their back, trunk; other postures and children were not learned",
-        "lesions and metal were learned as they are painted, not from patients",
+        "lesions, metal, arms beside the trunk, cushions and most beds were learned as they are "
+        "painted, not from patients",
         "rectus abdominis is not among its classes; psoas means the iliopsoas",
         "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
-        "in slabs of a few cm organs may be missed; air and foam beside arms may be taken for lung",
+        "in slabs of a few cm organs may be missed",
         "an organ that is reported where it is only partly in view, or absent, may be wrong",
     ],
 }
@@ -167,15 +168,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="the model file")
     parser.add_argument("--judge", action="store_true", help="judge the model that is there again")
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="a folder to keep")
-    parser.add_argument("--painted", type=int, default=20, help="painted copies of each anatomy")
-    parser.add_argument("--altered", type=int, default=16, help="altered copies of each scan")
+    parser.add_argument("--painted", type=int, default=30, help="painted copies of each anatomy")
+    parser.add_argument("--altered", type=int, default=20, help="altered copies of each scan")
     parser.add_argument("--anatomies", type=int, help="learn from so many of them only")
     parser.add_argument("--told", help="what is special of this model, for the results")
     parser.add_argument("--no-scans", action="store_true", help="learn from painted copies alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks of the rarest, a copy")
     parser.add_argument("--least-share", type=float, default=0.02, help="see `Sampling`")
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.output is None:
