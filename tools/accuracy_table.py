@@ -146,7 +146,20 @@ def _organ_table(rows: Mapping[str, Any]) -> str:
         lines.append(f"| {organ} | {' | '.join(cells)} |")
     six = [_dice(row["means"]["six"]) for row in rows.values()]
     lines.append(f"| mean of liver, spleen, kidneys, lungs | {' | '.join(six)} |")
+    for what, (failed, of_all) in _PRESENCE.items():
+        cells = [_of_all(row.get("presence"), failed, of_all) for row in rows.values()]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+_PRESENCE = {
+    "organs in view that were missed": ("missed", "there"),
+    "organs not in view that were reported": ("reported", "not_there"),
+}
+
+
+def _of_all(presence: Mapping[str, int] | None, failed: str, of_all: str) -> str:
+    return "-" if presence is None else f"{presence[failed]} of {presence[of_all]}"
 
 
 def _heads(first: str, rows: Mapping[str, Any]) -> list[str]:
