@@ -19,7 +19,7 @@ keeps edges: in boxes whose HU vary, a probability becomes a linear function of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ from organfast.grid import BlockGrid, GridVolume, ModelGrid
 from organfast.probability import BACKGROUND, AxisWeights, Slab, axis_weights
 from organfast.workers import Workers
 
-__all__ = ["Adapt", "Adaptation", "adapted_slabs", "check_adapts"]
+__all__ = ["Adapt", "Adaptation", "WeighedUp", "adapted_slabs", "check_adapts"]
 
 _UNITS_PER_HU = {"identity": 1, "piecewise": 8}  # of soft tissue
 _BIN_HU = 3
@@ -45,10 +45,9 @@ _UNSEEN = 0.1
 _LEAST_P = 0.01
 """What is less probable at a position, and not its best class, is not there."""
 _N_SLICES = 16
-_N_LEVELS = 200
 _LEAST_DICE = 0.3
 """An organ of which less than this is to be expected is not in view: it is not weighed up."""
-_MOST_GAIN = 4.0
+_MOST_GAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Adapt:
     edge_hu : float
         Where HU deviate by more than this within a box, an edge is kept.
     expected_dice : bool
-        Organs of which the classifier is nowhere quite sure are weighed up until the expected Dice
-        of the voxels that they win is greatest.
+        Organs of which the classifier is nowhere quite sure are weighed up, where most of their
+        probability lies together, until the expected Dice of what they win is greatest.
 
     Raises
     ------
@@ -99,6 +98,25 @@ class Adapt:
 
 
 @dataclass(frozen=True, eq=False)
+class WeighedUp:
+    """An organ that counts for more in a part of the block grid.
+
+    Parameters
+    ----------
+    gain : float32
+        How much more, above 1.
+    box : (k, i, j) slice
+        Positions of the block grid.
+    belongs : bool, of the box's shape
+        Which of them.
+    """
+
+    gain: np.float32
+    box: tuple[slice, slice, slice]
+    belongs: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
 class Adaptation:
     """What a scan's own organs look like.
 
@@ -110,8 +128,8 @@ class Adaptation:
         Positions of each class's core.
     abstains : (n_classes,) bool
         Classes whose core was too small.
-    gain : (n_classes,) float32
-        How much each class is weighed up, at least 1.
+    weighed_up : dict of int to WeighedUp
+        By label.
     how : Adapt
         What was asked for.
     """
@@ -119,7 +137,7 @@ class Adaptation:
     likelihood: NDArray[np.float32]
     n_core: NDArray[np.int64]
     abstains: NDArray[np.bool_]
-    gain: NDArray[np.float32]
+    weighed_up: dict[int, WeighedUp]
     how: Adapt
 
     @staticmethod
@@ -149,10 +167,11 @@ class Adaptation:
 
         n_classes = coarse.shape[-1]
         counts = np.zeros((n_classes, _N_BINS))
-        for slab, bins in _slabs_and_bins(coarse, block_grid, grid_volume):
+        bins = _position_bins(block_grid, grid_volume)
+        for slab, hu in zip(coarse, bins, strict=True):
             label = slab.argmax(axis=-1)
             sure = slab.max(axis=-1) >= how.core
-            np.add.at(counts, (label[sure], bins[sure]), 1)
+            np.add.at(counts, (label[sure], hu[sure]), 1)
         for label, partner in enumerate(mirror_partners(classes)):
             if partner > label:  # both sides of a patient look alike
                 counts[[label, partner]] = counts[label] + counts[partner]
@@ -166,12 +185,9 @@ class Adaptation:
         usual = BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]
         likely = likelihood.astype(np.float32)
-        gain = np.ones(n_classes, np.float32)
-        if how.expected_dice:
-            levels = _levels(_slabs_and_bins(coarse, block_grid, grid_volume), likely)
-            for label in classes.organs:
-                gain[label] = _gain(levels[label])
-        return Adaptation(likely, n_core, abstains, gain, how)
+        organs = classes.organs if how.expected_dice else ()
+        weighed_up = _weighed_up(coarse, bins, likely, organs)
+        return Adaptation(likely, n_core, abstains, weighed_up, how)
 
     def record(self, classes: ClassTable) -> dict[str, Any]:
         """What ``run.json`` tells of it.
@@ -187,55 +203,70 @@ class Adaptation:
             "core_positions": {classes.names[n]: int(self.n_core[n]) for n in adapted},
             "abstained": [classes.names[n] for n in classes.organs if self.abstains[n]],
             "weighed_up": {
-                classes.names[n]: round(float(self.gain[n]), 2)
-                for n in classes.organs
-                if self.gain[n] > 1
+                classes.names[n]: round(float(organ.gain), 2)
+                for n, organ in self.weighed_up.items()
             },
         }
 
 
-def _slabs_and_bins(
-    coarse: NDArray[np.float32], block_grid: BlockGrid, grid_volume: GridVolume
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]]:
-    """Slab after slab: probabilities at the positions, and the bins of their HU."""
+def _position_bins(block_grid: BlockGrid, grid_volume: GridVolume) -> NDArray[np.int16]:
+    """(n_k, n_i, n_j): the bin of the HU at each position."""
     k, i, j = block_grid.centres
-    for n, slab in zip(k, coarse, strict=True):
-        yield slab, _binned(_units(grid_volume, slice(n, n + 1))[0][np.ix_(i, j)], grid_volume)
+    bins = np.empty(block_grid.shape, np.int16)
+    for n, slab in zip(k, bins, strict=True):
+        slab[:] = _binned(_units(grid_volume, slice(n, n + 1))[0][np.ix_(i, j)], grid_volume)
+    return bins
 
 
-def _levels(
-    slabs: Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]], likelihood: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """(n_classes, _N_LEVELS): at how many positions each class is so probable, HU considered."""
-    n_classes = len(likelihood)
-    levels = np.zeros((n_classes, _N_LEVELS), np.int64)
-    by_bin = np.ascontiguousarray(likelihood.T)
-    for slab, bins in slabs:
-        p = slab * by_bin[bins]
-        p /= np.maximum(p.sum(axis=-1, keepdims=True), np.float32(1e-12))
-        level = np.minimum((p * _N_LEVELS).astype(np.intp), _N_LEVELS - 1)
-        for label in range(n_classes):
-            levels[label] += np.bincount(level[..., label].ravel(), minlength=_N_LEVELS)
-    return levels
+def _weighed_up(
+    coarse: NDArray[np.float32],
+    bins: NDArray[np.int16],
+    likelihood: NDArray[np.float32],
+    organs: Iterable[int],
+) -> dict[int, WeighedUp]:
+    """By label: the organs of which the classifier is nowhere quite sure, and where they are."""
+    total = np.zeros(bins.shape, np.float32)
+    for label in range(len(likelihood)):
+        total += coarse[..., label] * likelihood[label][bins]
+    np.maximum(total, np.float32(1e-12), out=total)
+    found = {}
+    for label in organs:
+        p = coarse[..., label] * likelihood[label][bins] / total
+        threshold = _threshold(p)
+        gain = min((1 - threshold) / threshold, _MOST_GAIN)
+        if gain > 1:
+            found[label] = _where_it_is(p, threshold, gain)
+    return found
 
 
-def _gain(n_at: NDArray[np.int64]) -> float:
-    """How much an organ is weighed up, from how often it is how probable.
+def _threshold(p: NDArray[np.float32]) -> float:
+    """From which probability on an organ's voxels together have the greatest expected Dice.
 
-    Of the voxels above a threshold t, expected Dice is 2 sum(p) / (n + sum of all p); it is
-    greatest where t is half of it (Lipton, Elkan and Naryanaswamy 2014, theorem 1). A class wins
-    above t, not 1/2, when it is weighed up by (1 - t) / t.
+    That of the n most probable voxels is 2 sum(their p) / (n + sum(all p)); it is greatest where
+    the next one's p is half of it (Lipton, Elkan and Naryanaswamy 2014, theorem 1). A half where
+    too little is to be expected at all.
     """
-    p = (np.arange(_N_LEVELS) + 0.5) / _N_LEVELS
-    n_at = np.where(p < 2 * _LEAST_P, 0, n_at)
-    all_p = float((n_at * p).sum())
-    above_n, above_p = (np.cumsum(values[::-1])[::-1] for values in (n_at, n_at * p))
-    dice = 2 * above_p / np.maximum(above_n + all_p, 1e-9)
+    ordered = np.sort(p[p >= 2 * _LEAST_P])[::-1].astype(np.float64)
+    if not ordered.size:
+        return 0.5
+    dice = 2 * np.cumsum(ordered) / (np.arange(1, ordered.size + 1) + ordered.sum())
     best = float(dice.max())
-    if best < _LEAST_DICE:
-        return 1.0
-    threshold = best / 2
-    return float(np.clip((1 - threshold) / threshold, 1.0, _MOST_GAIN))
+    return best / 2 if best >= _LEAST_DICE else 0.5
+
+
+def _where_it_is(p: NDArray[np.float32], threshold: float, gain: float) -> WeighedUp:
+    """The component of probable positions that holds most of an organ, one position wider."""
+    import cc3d
+    from scipy.ndimage import binary_dilation
+
+    parts = cc3d.connected_components(p >= threshold, connectivity=26)
+    mass = np.bincount(parts.ravel(), weights=p.ravel())
+    mass[0] = 0
+    belongs = parts == mass.argmax()
+    sides = [np.flatnonzero(belongs.any(axis=tuple({0, 1, 2} - {a}))) for a in range(3)]
+    k, i, j = (slice(max(0, int(s[0]) - 1), int(s[-1]) + 2) for s in sides)
+    wider = binary_dilation(belongs[k, i, j], np.ones((3, 3, 3), bool))
+    return WeighedUp(np.float32(gain), (k, i, j), wider)
 
 
 def check_adapts(grid: ModelGrid) -> None:
@@ -344,15 +375,29 @@ class _Stage:
             box = self._box(np.any(asked, axis=0))
             if box is None:
                 continue
+            asked = self._weighed_up(asked, label, blocks)
             p = self._enlarged(asked, blocks.start, around, box)
-            weighed = self.adaptation.likelihood[label] * self.adaptation.gain[label]
-            p *= weighed[bins[(slice(None), *box)]]
+            p *= self.adaptation.likelihood[label][bins[(slice(None), *box)]]
             total[(slice(None), *box)] += p
             found[label] = box, p
         np.maximum(total, np.float32(1e-12), out=total)
         for box, p in found.values():
             p /= total[(slice(None), *box)]
         return found
+
+    def _weighed_up(
+        self, asked: NDArray[np.float32], label: int, blocks: slice
+    ) -> NDArray[np.float32]:
+        """A class at the positions of some slices of blocks, weighed up where it is."""
+        organ = self.adaptation.weighed_up.get(label)
+        if organ is None:
+            return asked
+        k, *rest = organ.box
+        first, last = max(k.start, blocks.start), min(k.start + len(organ.belongs), blocks.stop)
+        if first < last:
+            part = asked[(slice(first - blocks.start, last - blocks.start), *rest)]
+            part[organ.belongs[first - k.start : last - k.start]] *= organ.gain
+        return asked
 
     def _box(self, occurs: NDArray[np.bool_]) -> tuple[slice, slice] | None:
         """Rows and columns that a class reaches, filtered: elsewhere it is 0 to the letter.

@@ -19,7 +19,15 @@ from organfast.segmentation import Labels, LabelStatistics, measure_labels
 from organfast.tables import table
 from organfast.volume import Volume
 
-__all__ = ["Organ", "Presence", "measure_organs", "organs_csv", "organs_from_json", "organs_json"]
+__all__ = [
+    "Organ",
+    "Presence",
+    "drop_absent",
+    "measure_organs",
+    "organs_csv",
+    "organs_from_json",
+    "organs_json",
+]
 
 Point = tuple[float, float, float]
 
@@ -85,7 +93,8 @@ class Organ:
     label : int
         Its label in the map.
     present : bool
-        By the rule of :class:`Presence`.
+        By the rule of :class:`Presence`. Of an organ that is not, and of which voxels were found,
+        the numbers below tell what was taken out of the label map.
     confidence : float or None
         Mean probability of the organ over its voxels, 0..1; None without a confidence map.
     n_voxels : int
@@ -185,6 +194,27 @@ def measure_organs(
             )
         organs[name] = _judge(organ, presence or Presence())
     return _audit_sides(organs, classes)
+
+
+def drop_absent(labels: Labels, organs: Mapping[str, Organ], classes: ClassTable) -> None:
+    """Take organs that do not count as present out of a label map, in place.
+
+    Their voxels become the context class, or background where the table has none.
+
+    Parameters
+    ----------
+    labels : (n_a, n_b, n_c) uint8 or uint16
+        Label map as stored, written.
+    organs : mapping of str to Organ
+        What :func:`measure_organs` found in it.
+    classes : ClassTable
+        What the labels mean.
+    """
+    rest = 0 if classes.context is None else classes.context
+    for organ in organs.values():
+        if not organ.present and organ.box_voxel is not None:
+            part = labels[tuple(slice(*side) for side in organ.box_voxel)]
+            part[part == organ.label] = rest
 
 
 def organs_json(organs: Mapping[str, Organ]) -> str:

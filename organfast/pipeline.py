@@ -41,7 +41,7 @@ from organfast.grid import BlockGrid, GridVolume
 from organfast.models.classifier import Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
-from organfast.organs import Organ, Presence, measure_organs
+from organfast.organs import Organ, Presence, drop_absent, measure_organs
 from organfast.probability import (
     Classifier,
     Enlargement,
@@ -424,6 +424,7 @@ def _segment(
         position = evidence.position if evidence else None
         presence = Presence(sure=model.sure, whole_ml=model.whole_ml)
         organs = measure_organs(labels, confidence, volume, classes, position, presence)
+        drop_absent(volume.orientation.stored(labels), organs, classes)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         keep_labels(labels, wanted)
     return Result(

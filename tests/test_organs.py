@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
-from organfast.organs import Organ, Presence, measure_organs, organs_csv, organs_json
+from organfast.organs import (
+    Organ,
+    Presence,
+    drop_absent,
+    measure_organs,
+    organs_csv,
+    organs_json,
+)
 from organfast.volume import Volume
 
 TABLE = ClassTable(
@@ -275,6 +282,21 @@ def test_a_crumb_wholly_in_view_is_no_organ_and_one_that_is_cut_off_may_be() -> 
         assert measure_organs(labels, None, volume, TABLE, presence=lenient) == usual
     with pytest.raises(ValueError, match=r"least_of_whole 1\.2 is outside"):
         Presence(least_of_whole=1.2)
+
+
+@pytest.mark.parametrize("names", [None, ("liver", "spleen")])
+def test_what_is_not_present_is_taken_out(names: tuple[str, ...] | None) -> None:
+    labels = torso()
+    table = TABLE if names is None else ClassTable.from_names(names)
+    labels[labels >= len(table)] = 0
+    volume = scan(labels.shape[::-1], CUBE)
+    least = max(float(np.sum(labels == n) * volume.voxel_ml) for n in table.organs)
+    organs = measure_organs(labels, None, volume, table, presence=Presence(min_ml=least))
+    absent = [organ.label for organ in organs.values() if not organ.present]
+    expected = np.where(np.isin(labels, absent), table.context or 0, labels)
+    assert (expected != labels).any()
+    drop_absent(volume.orientation.stored(labels), organs, table)
+    np.testing.assert_array_equal(labels, expected)
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
