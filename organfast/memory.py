@@ -27,6 +27,8 @@ _SUMS = 2
 # Slices of an adapted scan that are there at once, of all classes: two threads' runs of 16 with
 # what they are corrected by, and those that wait to be taken.
 _ADAPTED = 80
+# To weigh organs up: of one at a time, its probabilities, their sum over all, parts and the like.
+_WEIGHING = 5
 # A network keeps maps of its own beside the levels.
 _NETWORK = 8
 
@@ -75,7 +77,8 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
     of_maps, adapted = n_maps * n_positions, 0
     if settings.adapts(model) is not None:
         slices = n_cols * n_rows * min(n_slices, _ADAPTED)
-        of_maps, adapted = n_maps * n_grid, len(model.classes) * (n_positions + slices)
+        of_maps = n_maps * n_grid
+        adapted = len(model.classes) * (n_positions + slices) + _WEIGHING * n_positions
     return (
         n * (voxel + label + bool(settings.confidence) + bool(n_maps))
         + n_grid * (0 if model.grid.spacing_mm is None else 2)
