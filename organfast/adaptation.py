@@ -47,6 +47,8 @@ _LEAST_P = 0.01
 _N_SLICES = 16
 _LEAST_DICE = 0.3
 """An organ of which less than this is to be expected is not in view: it is not weighed up."""
+_LEAST_GAIN = 1.1
+"""What would be weighed up by less is sure enough as it is."""
 _MOST_GAIN = 2.0
 
 
@@ -67,8 +69,9 @@ class Adapt:
     edge_hu : float
         Where HU deviate by more than this within a box, an edge is kept.
     expected_dice : bool
-        Organs of which the classifier is nowhere quite sure are weighed up, where most of their
-        probability lies together, until the expected Dice of what they win is greatest.
+        Organs of which the classifier is not quite sure are weighed up, where most of their
+        probability lies together, until the expected Dice of what they win is greatest. What is
+        then told as probability is that of an organ that counts for more.
 
     Raises
     ------
@@ -104,7 +107,7 @@ class WeighedUp:
     Parameters
     ----------
     gain : float32
-        How much more, above 1.
+        How much more.
     box : (k, i, j) slice
         Positions of the block grid.
     belongs : bool, of the box's shape
@@ -186,7 +189,7 @@ class Adaptation:
         likelihood[abstains] = likelihood[usual]
         likely = likelihood.astype(np.float32)
         organs = classes.organs if how.expected_dice else ()
-        weighed_up = _weighed_up(coarse, bins, likely, organs)
+        weighed_up = _doubtful_organs(coarse, bins, likely, organs)
         return Adaptation(likely, n_core, abstains, weighed_up, how)
 
     def record(self, classes: ClassTable) -> dict[str, Any]:
@@ -218,13 +221,13 @@ def _position_bins(block_grid: BlockGrid, grid_volume: GridVolume) -> NDArray[np
     return bins
 
 
-def _weighed_up(
+def _doubtful_organs(
     coarse: NDArray[np.float32],
     bins: NDArray[np.int16],
     likelihood: NDArray[np.float32],
     organs: Iterable[int],
 ) -> dict[int, WeighedUp]:
-    """By label: the organs of which the classifier is nowhere quite sure, and where they are."""
+    """By label: the organs of which the classifier is not quite sure, and where they are."""
     total = np.zeros(bins.shape, np.float32)
     for label in range(len(likelihood)):
         total += coarse[..., label] * likelihood[label][bins]
@@ -234,7 +237,7 @@ def _weighed_up(
         p = coarse[..., label] * likelihood[label][bins] / total
         threshold = _threshold(p)
         gain = min((1 - threshold) / threshold, _MOST_GAIN)
-        if gain > 1:
+        if gain >= _LEAST_GAIN:
             found[label] = _where_it_is(p, threshold, gain)
     return found
 
@@ -260,11 +263,13 @@ def _where_it_is(p: NDArray[np.float32], threshold: float, gain: float) -> Weigh
     from scipy.ndimage import binary_dilation
 
     parts = cc3d.connected_components(p >= threshold, connectivity=26)
-    mass = np.bincount(parts.ravel(), weights=p.ravel())
-    mass[0] = 0
+    mass = np.bincount(parts[parts > 0], weights=p[parts > 0])
     belongs = parts == mass.argmax()
     sides = [np.flatnonzero(belongs.any(axis=tuple({0, 1, 2} - {a}))) for a in range(3)]
-    k, i, j = (slice(max(0, int(s[0]) - 1), int(s[-1]) + 2) for s in sides)
+    k, i, j = (
+        slice(max(0, int(s[0]) - 1), min(int(s[-1]) + 2, n))
+        for s, n in zip(sides, p.shape, strict=True)
+    )
     wider = binary_dilation(belongs[k, i, j], np.ones((3, 3, 3), bool))
     return WeighedUp(np.float32(gain), (k, i, j), wider)
 

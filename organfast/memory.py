@@ -28,7 +28,7 @@ _SUMS = 2
 # what they are corrected by, and those that wait to be taken.
 _ADAPTED = 80
 # To weigh organs up: of one at a time, its probabilities, their sum over all, parts and the like.
-_WEIGHING = 5
+_WEIGHING = 11
 # A network keeps maps of its own beside the levels.
 _NETWORK = 8
 

@@ -22,7 +22,7 @@ from organfast.volume import Volume
 __all__ = [
     "Organ",
     "Presence",
-    "drop_absent",
+    "drop_small",
     "measure_organs",
     "organs_csv",
     "organs_from_json",
@@ -59,10 +59,12 @@ class Presence:
         "not sure", as ``Model.sure`` was measured. None warns of nothing.
     whole_ml : mapping of str to float, ml
         Volume of the smallest of each organ that was learned from and lay wholly in view, as
-        ``Model.whole_ml`` has it. An organ that touches no side of the field of view is whole: with
-        less than ``least_of_whole`` of this volume it is none.
+        ``Model.whole_ml`` has it. An organ that ends before the field of view does must be whole:
+        with less than ``least_of_whole`` of this volume it is none.
     least_of_whole : float
         Share of that volume, 0..1.
+    side_mm : float, mm
+        What comes so near to a side of the field of view may go on beyond it.
     """
 
     min_ml: float = 0.5
@@ -70,8 +72,11 @@ class Presence:
     sure: float | None = None
     whole_ml: Mapping[str, float] = field(default_factory=dict)
     least_of_whole: float = 0.2
+    side_mm: float = 10.0
 
     def __post_init__(self) -> None:
+        if not self.side_mm >= 0:
+            raise ValueError(f"side_mm {self.side_mm} is negative; use 0 mm or more")
         if not 0 <= self.least_of_whole <= 1:
             raise ValueError(f"least_of_whole {self.least_of_whole} is outside 0..1")
         if not self.min_ml >= 0:
@@ -93,8 +98,7 @@ class Organ:
     label : int
         Its label in the map.
     present : bool
-        By the rule of :class:`Presence`. Of an organ that is not, and of which voxels were found,
-        the numbers below tell what was taken out of the label map.
+        By the rule of :class:`Presence`.
     confidence : float or None
         Mean probability of the organ over its voxels, 0..1; None without a confidence map.
     n_voxels : int
@@ -192,12 +196,18 @@ def measure_organs(
                 probability_centroid_voxel=_stored(position, volume),
                 probability_centroid_mm=_mm(position, volume),
             )
-        organs[name] = _judge(organ, presence or Presence())
+        organs[name] = _judge(organ, presence or Presence(), volume)
     return _audit_sides(organs, classes)
 
 
-def drop_absent(labels: Labels, organs: Mapping[str, Organ], classes: ClassTable) -> None:
-    """Take organs that do not count as present out of a label map, in place.
+def drop_small(
+    labels: Labels,
+    organs: Mapping[str, Organ],
+    classes: ClassTable,
+    volume: Volume,
+    presence: Presence,
+) -> dict[str, str]:
+    """Take organs that are too small to be present out of a label map, in place.
 
     Their voxels become the context class, or background where the table has none.
 
@@ -209,12 +219,25 @@ def drop_absent(labels: Labels, organs: Mapping[str, Organ], classes: ClassTable
         What :func:`measure_organs` found in it.
     classes : ClassTable
         What the labels mean.
+    volume : Volume
+        The scan.
+    presence : Presence
+        What is too small.
+
+    Returns
+    -------
+    dict of str to str
+        Organ that was taken out -> how much of it there was.
     """
     rest = 0 if classes.context is None else classes.context
-    for organ in organs.values():
-        if not organ.present and organ.box_voxel is not None:
+    gone = {}
+    for name, organ in organs.items():
+        why = _too_small(organ, presence, volume)
+        if why is not None and organ.box_voxel is not None:
             part = labels[tuple(slice(*side) for side in organ.box_voxel)]
             part[part == organ.label] = rest
+            gone[name] = why
+    return gone
 
 
 def organs_json(organs: Mapping[str, Organ]) -> str:
@@ -343,24 +366,15 @@ def _measure(name: str, label: int, statistics: LabelStatistics, volume: Volume)
     )
 
 
-def _judge(organ: Organ, presence: Presence) -> Organ:
+def _judge(organ: Organ, presence: Presence, volume: Volume) -> Organ:
     """Decide on presence; voxels that do not suffice are mentioned."""
     if not organ.n_voxels:
         return organ
-    warnings = []
-    if organ.volume_ml < presence.min_ml:
-        warnings.append(
-            f"{organ.volume_ml:.2f} ml found, less than the {presence.min_ml:g} ml that count"
-        )
+    too_small = _too_small(organ, presence, volume)
+    warnings = [] if too_small is None else [too_small]
     if organ.confidence is not None and organ.confidence < presence.min_confidence:
         warnings.append(
             f"mean probability {organ.confidence:.2f} is below {presence.min_confidence:.2f}"
-        )
-    least_ml = presence.least_of_whole * presence.whole_ml.get(organ.name, 0.0)
-    if not organ.cut_off and organ.volume_ml < least_ml:
-        warnings.append(
-            f"{organ.volume_ml:.1f} ml found wholly in view, less than the {least_ml:.1f} ml that "
-            "a whole one has"
         )
     is_present = not warnings
     if is_present and _is_doubtful(organ.confidence, presence.sure):
@@ -368,6 +382,30 @@ def _judge(organ: Organ, presence: Presence) -> Organ:
             f"not sure: mean probability {organ.confidence:.2f} is below {presence.sure:.2f}"
         )
     return replace(organ, present=is_present, warnings=tuple(warnings))
+
+
+def _too_small(organ: Organ, presence: Presence, volume: Volume) -> str | None:
+    """Why an organ has too few voxels to be one, or None."""
+    if organ.box_voxel is None:
+        return None
+    if organ.volume_ml < presence.min_ml:
+        return f"{organ.volume_ml:.2f} ml found, less than the {presence.min_ml:g} ml that count"
+    least_ml = presence.least_of_whole * presence.whole_ml.get(organ.name, 0.0)
+    if organ.volume_ml >= least_ml or _is_at_side(organ.box_voxel, volume, presence.side_mm):
+        return None
+    return (
+        f"{organ.volume_ml:.1f} ml found wholly in view, less than the {least_ml:.1f} ml that a "
+        "whole one has"
+    )
+
+
+def _is_at_side(box: tuple[tuple[int, int], ...], volume: Volume, side_mm: float) -> bool:
+    """Whether a box comes so near to a side of the field of view, or touches it."""
+    lengths = np.linalg.norm(np.asarray(volume.affine, np.float64)[:3, :3], axis=0).tolist()
+    return any(
+        start == 0 or stop == n or min(start, n - stop) * length < side_mm
+        for (start, stop), n, length in zip(box, volume.hu.shape, lengths, strict=True)
+    )
 
 
 def _is_doubtful(confidence: float | None, sure: float | None) -> bool:

@@ -73,7 +73,7 @@ class Variety:
         Share of copies with the arms along the trunk, and of those with the arms folded over the
         belly; the others have raised them.
     bedding : float
-        Share of copies that lie on a cushion or under a blanket. Beds differ, too.
+        Share of copies that may lie on a cushion, under a blanket or both. Beds differ, too.
 
     Raises
     ------

@@ -126,7 +126,7 @@ class Protocol:
     bed : {"curved", "flat", "cradle"}
         The table's top: shallow under a thin mattress, flat (of radiotherapy), or deep.
     bedding : bool
-        A cushion behind the patient, a blanket in front, or both.
+        A cushion behind the patient, a blanket in front, both, or at times neither.
     arms : {"up", "beside", "folded"}
         Where a patient whose skin is made up has the arms: raised out of view, along the trunk, or
         folded over the belly.
@@ -674,7 +674,7 @@ def _change_bed(seed: int, bed: Bed, couch: NDArray[np.float64]) -> None:
     elif bed == "cradle":
         couch[2:4] = random.uniform(230, 420), random.uniform(150, 215)
         couch[4:] = random.uniform(60, 400), random.uniform(5, 35)
-    couch[1] -= max(couch[5] - 9.0, 0.0)  # the patient lies on the mattress
+    couch[1] -= max(couch[5] - 9.0, 0.0)  # below a thick mattress, or a pad of air
 
 
 def _taps(sigma: float) -> NDArray[np.float32]:
@@ -685,7 +685,7 @@ def _taps(sigma: float) -> NDArray[np.float32]:
 
 
 def _shoulder_mm(tissue: NDArray[np.uint8], steps: NDArray[np.float64]) -> float:
-    """Height of the shoulders: that of the lungs' tops, if these are in view."""
+    """Height of the shoulders: that of the lungs' tops, or little above what is labelled."""
     lung = np.flatnonzero((tissue == _NUMBER_OF_TISSUE["lung"]).any((1, 2)))
     top = int(lung[-1]) if lung.size else len(tissue)
     beyond = 60.0 if top >= len(tissue) - 1 else -10.0

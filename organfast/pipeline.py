@@ -41,7 +41,7 @@ from organfast.grid import BlockGrid, GridVolume
 from organfast.models.classifier import Model, load_model
 from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
-from organfast.organs import Organ, Presence, drop_absent, measure_organs
+from organfast.organs import Organ, Presence, drop_small, measure_organs
 from organfast.probability import (
     Classifier,
     Enlargement,
@@ -57,7 +57,7 @@ from organfast.results import Result, peak_memory_mb, too_large
 from organfast.room import roomy
 from organfast.sampling import on_model_grid
 from organfast.scans import as_scan
-from organfast.segmentation import Cleaning, clean, keep_labels
+from organfast.segmentation import Cleaning, Labels, clean, keep_labels
 from organfast.volume import Volume
 from organfast.workers import Workers
 
@@ -422,9 +422,7 @@ def _segment(
         cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
         position = evidence.position if evidence else None
-        presence = Presence(sure=model.sure, whole_ml=model.whole_ml)
-        organs = measure_organs(labels, confidence, volume, classes, position, presence)
-        drop_absent(volume.orientation.stored(labels), organs, classes)
+        organs = _organs(labels, confidence, volume, position, model, settings.cleaning)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         keep_labels(labels, wanted)
     return Result(
@@ -452,6 +450,28 @@ def _segment(
         probability_map=lambda name: flow.probability_map(name, maps, threads),
         name=Path(given.name).name,
     )
+
+
+def _organs(
+    labels: Labels,
+    confidence: NDArray[np.uint8] | None,
+    volume: Volume,
+    position: NDArray[np.float64] | None,
+    model: Model,
+    cleaning: Cleaning,
+) -> dict[str, Organ]:
+    """Measure the organs; those that are too small leave the map, and the holes that they were."""
+    presence = Presence(sure=model.sure, whole_ml=model.whole_ml)
+    classes = model.classes
+    organs = measure_organs(labels, confidence, volume, classes, position, presence)
+    stored = volume.orientation.stored(labels)
+    gone = drop_small(stored, organs, classes, volume, presence)
+    if not gone:
+        return organs
+    if cleaning.fill_holes:
+        clean(labels, classes, Cleaning(keep="none"), volume.voxel_ml)
+    organs = measure_organs(labels, confidence, volume, classes, position, presence)
+    return organs | {name: replace(organs[name], warnings=(why,)) for name, why in gone.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
 from organfast.organs import (
     Organ,
     Presence,
-    drop_absent,
+    drop_small,
     measure_organs,
     organs_csv,
     organs_json,
@@ -57,6 +57,7 @@ def torso() -> NDArray[np.uint8]:
 
 
 CUBE = np.diag([10.0, 10.0, 10.0, 1.0])
+TURNED = np.array([[0, -10.0, 0, 0], [0, 0, 10.0, 0], [10.0, 0, 0, 0], [0, 0, 0, 1]])
 
 
 def test_every_measure_is_what_the_mask_says_in_voxels_as_stored_and_in_mm() -> None:
@@ -269,10 +270,12 @@ def test_a_crumb_wholly_in_view_is_no_organ_and_one_that_is_cut_off_may_be() -> 
     usual = measure_organs(labels, None, volume, TABLE, presence=Presence(min_ml=0))
     there = {name: organ for name, organ in usual.items() if organ.present}
     in_view = {name for name, organ in there.items() if not organ.cut_off}
+    at_side = Presence(min_ml=0, whole_ml={name: 1e6 for name in there}, side_mm=1e4)
+    assert measure_organs(labels, None, volume, TABLE, presence=at_side) == usual
     assert in_view
     assert in_view != set(there)
     whole_ml = {name: 5.01 * organ.volume_ml for name, organ in there.items()}
-    strict = Presence(min_ml=0, whole_ml=whole_ml)
+    strict = Presence(min_ml=0, whole_ml=whole_ml, side_mm=0)
     found = measure_organs(labels, None, volume, TABLE, presence=strict)
     assert {name for name, organ in found.items() if organ.present} == set(there) - in_view
     for name in in_view:
@@ -284,19 +287,35 @@ def test_a_crumb_wholly_in_view_is_no_organ_and_one_that_is_cut_off_may_be() -> 
         Presence(least_of_whole=1.2)
 
 
+@pytest.mark.parametrize("volume", [scan((40, 12, 8), CUBE), scan((8, 40, 12), TURNED)])
 @pytest.mark.parametrize("names", [None, ("liver", "spleen")])
-def test_what_is_not_present_is_taken_out(names: tuple[str, ...] | None) -> None:
-    labels = torso()
+def test_what_is_too_small_is_taken_out(names: tuple[str, ...] | None, volume: Volume) -> None:
     table = TABLE if names is None else ClassTable.from_names(names)
+    labels = torso()
     labels[labels >= len(table)] = 0
-    volume = scan(labels.shape[::-1], CUBE)
     least = max(float(np.sum(labels == n) * volume.voxel_ml) for n in table.organs)
-    organs = measure_organs(labels, None, volume, table, presence=Presence(min_ml=least))
-    absent = [organ.label for organ in organs.values() if not organ.present]
-    expected = np.where(np.isin(labels, absent), table.context or 0, labels)
-    assert (expected != labels).any()
-    drop_absent(volume.orientation.stored(labels), organs, table)
+    strict = Presence(min_ml=least)
+    organs = measure_organs(labels, None, volume, table, presence=strict)
+    small = {organ.label: name for name, organ in organs.items() if not organ.present}
+    assert small
+    expected = np.where(np.isin(labels, list(small)), table.context or 0, labels)
+    gone = drop_small(volume.orientation.stored(labels), organs, table, volume, strict)
     np.testing.assert_array_equal(labels, expected)
+    assert set(gone) == {name for name in small.values() if organs[name].n_voxels}
+    assert all(gone[name] == organs[name].warnings[0] for name in gone)
+
+
+def test_an_improbable_organ_stays_in_the_map() -> None:
+    """Labels alone, without probabilities, must be the same labels."""
+    labels = torso()
+    volume = scan(labels.shape[::-1], CUBE)
+    doubtful = np.full(labels.shape, 20, np.uint8)
+    presence = Presence(min_ml=0)
+    organs = measure_organs(labels, doubtful, volume, TABLE, presence=presence)
+    assert not any(organ.present for organ in organs.values())
+    before = labels.copy()
+    assert not drop_small(volume.orientation.stored(labels), organs, TABLE, volume, presence)
+    np.testing.assert_array_equal(labels, before)
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:

@@ -125,7 +125,7 @@ def reports(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, A
 def _segmented(
     model: Model, dataset: Path, patients: Sequence[str], settings: Settings
 ) -> Iterator[tuple[Result, NDArray[Any]]]:
-    """Each patient segmented, and the true label map in working order."""
+    """Each patient segmented, and the true label map as stored."""
     for case in find_cases(dataset).cases:
         if case.patient in patients:
             scan = read_scan(case.image)
