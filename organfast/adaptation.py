@@ -69,8 +69,8 @@ class Adapt:
     edge_hu : float
         Where HU deviate by more than this within a box, an edge is kept.
     expected_dice : bool
-        Organs of which the classifier is not quite sure are weighed up, where most of their
-        probability lies together, until the expected Dice of what they win is greatest. What is
+        Organs of which the classifier is not quite sure are weighed up, where they lie, until the
+        expected Dice of what they win is greatest. What is
         then told as probability is that of an organ that counts for more.
 
     Raises
@@ -258,12 +258,17 @@ def _threshold(p: NDArray[np.float32]) -> float:
 
 
 def _where_it_is(p: NDArray[np.float32], threshold: float, gain: float) -> WeighedUp:
-    """The component of probable positions that holds most of an organ, one position wider."""
+    """Of the components of probable positions the one where an organ is, one position wider.
+
+    That is where it wins most positions as it is, so that it does not move by being weighed up;
+    where it wins none, where most of its probability lies.
+    """
     import cc3d
     from scipy.ndimage import binary_dilation
 
     parts = cc3d.connected_components(p >= threshold, connectivity=26)
-    mass = np.bincount(parts[parts > 0], weights=p[parts > 0])
+    won = np.bincount(parts[p >= 0.5])
+    mass = won if won.any() else np.bincount(parts[parts > 0], weights=p[parts > 0])
     belongs = parts == mass.argmax()
     sides = [np.flatnonzero(belongs.any(axis=tuple({0, 1, 2} - {a}))) for a in range(3)]
     k, i, j = (

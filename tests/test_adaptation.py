@@ -128,7 +128,9 @@ def naive_weighed_up(
                 edge = near & left
                 part, left = part | edge, left - edge
             parts.append(part)
-        most = max(parts, key=lambda part: sum(own[at] for at in part))
+        won = [sum(own[at] >= 0.5 for at in part) for part in parts]
+        mass = [sum(own[at] for at in part) for part in parts]
+        most = parts[int(np.argmax(won if any(won) else mass))]
         for k, i, j in most:
             near = np.s_[max(0, k - 1) : k + 2, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
             gain[(*near, label)] = min(1 / threshold - 1, 2)
@@ -399,6 +401,9 @@ def test_it_is_weighed_up_where_most_of_it_lies_and_not_elsewhere() -> None:
     found = adapted(given, how)[0, 0, :, LIVER]
     assert (found[:60] > 0.5).all()
     np.testing.assert_allclose(found[60:], p[60:], atol=1e-6)
+    p[80:90] = 0.55  # where it wins it is, however much there is elsewhere
+    organ = Adaptation.of(*one_organ(p), CLASSES, how).weighed_up[LIVER]
+    assert organ.box[2] == slice(79, 91)
 
 
 # --- what it is for -------------------------------------------------------------------------------

@@ -477,8 +477,8 @@ def test_bytes_of_a_scan_are_counted_from_its_header(archive: Path, model_file: 
     assert scan_bytes(archive / "missing.nii", model, of.Settings()) is None
     adapted = scan_bytes(archive / "a.nii.gz", model, of.Settings(adapt=True))
     assert adapted is not None
-    # A float32 of each class at each position and, of so few slices, at each voxel; at each position
-    # eleven more while an organ is weighed up.
+    # A float32 of each class at each position and, of so few slices, at each voxel; eleven more at
+    # each position while an organ is weighed up.
     n_positions = n // math.prod(model.stride)
     assert adapted - small == 4 * (len(model.classes) * (n + n_positions) + 11 * n_positions)
     own = replace(model, adapt=of.Adapt())

@@ -176,7 +176,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes that make cases")
     parser.add_argument("--n-per-class", type=int, default=400, help="blocks of the rarest, a copy")
     parser.add_argument("--least-share", type=float, default=0.02, help="see `Sampling`")
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.output is None:
