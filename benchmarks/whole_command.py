@@ -56,7 +56,9 @@ def measured(scan: Path, rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):
             for name, command in commands.items():
                 start = time.perf_counter()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                )
                 if number:
                     seconds[name].append(time.perf_counter() - start)
             shutil.rmtree(out)
