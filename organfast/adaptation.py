@@ -70,8 +70,8 @@ class Adapt:
         Where HU deviate by more than this within a box, an edge is kept.
     expected_dice : bool
         Organs of which the classifier is not quite sure are weighed up, where they lie, until the
-        expected Dice of what they win is greatest. What is
-        then told as probability is that of an organ that counts for more.
+        expected Dice of what they win is greatest. What is then told as probability is that of an
+        organ that counts for more.
 
     Raises
     ------
@@ -188,8 +188,9 @@ class Adaptation:
         usual = BACKGROUND if classes.context is None else classes.context
         likelihood[abstains] = likelihood[usual]
         likely = likelihood.astype(np.float32)
-        organs = classes.organs if how.expected_dice else ()
-        weighed_up = _doubtful_organs(coarse, bins, likely, organs)
+        weighed_up: dict[int, WeighedUp] = {}
+        if how.expected_dice:
+            weighed_up = _doubtful_organs(coarse, bins, likely, classes.organs)
         return Adaptation(likely, n_core, abstains, weighed_up, how)
 
     def record(self, classes: ClassTable) -> dict[str, Any]:
@@ -264,16 +265,16 @@ def _where_it_is(p: NDArray[np.float32], threshold: float, gain: float) -> Weigh
     where it wins none, where most of its probability lies.
     """
     import cc3d
-    from scipy.ndimage import binary_dilation
+    from scipy.ndimage import binary_dilation, find_objects
 
     parts = cc3d.connected_components(p >= threshold, connectivity=26)
     won = np.bincount(parts[p >= 0.5])
     mass = won if won.any() else np.bincount(parts[parts > 0], weights=p[parts > 0])
     belongs = parts == mass.argmax()
-    sides = [np.flatnonzero(belongs.any(axis=tuple({0, 1, 2} - {a}))) for a in range(3)]
+    (box,) = find_objects(belongs.astype(np.uint8))
     k, i, j = (
-        slice(max(0, int(s[0]) - 1), min(int(s[-1]) + 2, n))
-        for s, n in zip(sides, p.shape, strict=True)
+        slice(max(0, side.start - 1), min(side.stop + 1, n))
+        for side, n in zip(box, p.shape, strict=True)
     )
     wider = binary_dilation(belongs[k, i, j], np.ones((3, 3, 3), bool))
     return WeighedUp(np.float32(gain), (k, i, j), wider)

@@ -410,13 +410,14 @@ def hu_range(tissue: str, phase: Phase, part: Literal["core", "shell"] = "core")
     Parameters
     ----------
     tissue : str
-        One of ``TISSUES``.
+        One of ``TISSUES`` or ``THINGS``.
     phase : {"native", "arterial", "portal_venous"}
         Contrast phase.
     part : {"core", "shell"}
         Inside, or wall, cortex and the like.
     """
-    low, high = getattr(TISSUES[tissue], part)[PHASES.index(phase)]
+    of = TISSUES.get(tissue) or THINGS[tissue]
+    low, high = (of.core if part == "core" else of.shell)[PHASES.index(phase)]
     return float(low), float(high)
 
 
@@ -443,9 +444,9 @@ def _draw_rows(
     patient = random.random()  # well or badly perfused: tissues enhance together, in part
     hu: dict[str, float] = {}
     shells: dict[str, float] = {}
-    for name, tissue in tissues.items():
-        for part, drawn in ((tissue.core, hu), (tissue.shell, shells)):
-            low, high = part[PHASES.index(phase)]
+    for name in tissues:
+        for part, drawn in (("core", hu), ("shell", shells)):
+            low, high = hu_range(name, phase, "core" if part == "core" else "shell")
             drawn[name] = low + (high - low) * (0.35 * patient + 0.65 * random.random())
     for name, tissue in tissues.items():
         row = table[_NUMBER_OF_TISSUE[name]]
@@ -518,11 +519,11 @@ def paint(
     steps = np.array(label_map.working_spacing_mm)
     texture = texture_tile(seed)
     tissue = _tissue_map(label_map)
-    shoulder_mm = _shoulder_mm(tissue, steps)
     if not (tissue == _NUMBER_OF_TISSUE["skin"]).any():
         _make_up_body(tissue, steps, texture, random)
-        beside = np.random.default_rng([seed, 32])
-        add_arms(tissue, steps, _NUMBER_OF_TISSUE, protocol.arms, beside, shoulder_mm=shoulder_mm)
+        if protocol.arms != "up":
+            beside, top_mm = np.random.default_rng([seed, 32]), _shoulder_mm(tissue, steps)
+            add_arms(tissue, steps, _NUMBER_OF_TISSUE, protocol.arms, beside, shoulder_mm=top_mm)
     if protocol.bedding:
         beside = np.random.default_rng([seed, 33])
         add_bedding(tissue, steps, _NUMBER_OF_TISSUE, texture, beside)

@@ -102,8 +102,8 @@ def add_arms(
     """
     if arms not in ARMS:
         raise ValueError(f"arms {arms!r} are unknown; use one of {', '.join(ARMS)}")
-    trunk = _Trunk.of(tissue, steps)
-    if arms == "up" or trunk is None:
+    trunk = None if arms == "up" else _Trunk.of(tissue, steps)
+    if trunk is None:
         return
     radius = random.uniform(*_RADIUS_MM)
     fat = radius * random.uniform(0.12, 0.4)
@@ -111,7 +111,7 @@ def add_arms(
     for side in (-1, 1):
         joints = _joints(trunk, side, radius, lengths, arms, shoulder_mm, random)
         if random.random() < _SHARE_OF_ARMS:
-            _draw_arm(tissue, steps, numbers, joints, radius, fat)
+            _draw_arm(tissue, steps, numbers, joints, fat)
 
 
 def _joints(
@@ -187,7 +187,6 @@ def _draw_arm(
     steps: NDArray[np.float64],
     numbers: Mapping[str, int],
     joints: list[tuple[NDArray[np.float64], float]],
-    radius: float,
     fat: float,
 ) -> None:
     """Round segments from joint to joint: skin, fat, muscle, one bone in the middle."""
@@ -275,10 +274,10 @@ def add_bedding(
     """
     from scipy.ndimage import distance_transform_edt
 
-    trunk = _Trunk.of(tissue, steps)
+    has_cushion, has_blanket = random.random() < 0.65, random.random() < 0.5
+    trunk = _Trunk.of(tissue, steps) if has_cushion or has_blanket else None
     if trunk is None:
         return
-    has_cushion, has_blanket = random.random() < 0.65, random.random() < 0.5
     thick, up_to = random.uniform(12.0, 60.0), random.uniform(0.1, 0.75)
     apart, wrinkle = random.uniform(1.0, 8.0), random.uniform(1.0, 9.0)
     first = random.integers(0, texture.shape[0], 3)
