@@ -72,6 +72,9 @@ class Adapt:
         Organs of which the classifier is not quite sure are weighed up, where they lie, until the
         expected Dice of what they win is greatest. What is then told as probability is that of an
         organ that counts for more.
+    atlas : bool
+        Organs are ruled out where no scan of those that were learned from has them; see ``Atlas``.
+        Says nothing of a model without an atlas.
 
     Raises
     ------
@@ -85,9 +88,10 @@ class Adapt:
     radius: int = 1
     edge_hu: float = 20.0
     expected_dice: bool = True
+    atlas: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("own_hu", "expected_dice"):
+        for name in ("own_hu", "expected_dice", "atlas"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
         if not 0 < self.core <= 1:

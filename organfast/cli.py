@@ -435,8 +435,12 @@ def segment(
     stride: Stride = None,
     preset: Preset = None,
     keep: Annotated[
-        str, typer.Option(help="Components of an organ to keep: largest, dust (all but), none.")
-    ] = "largest",
+        str | None,
+        typer.Option(
+            help="Components of an organ to keep: largest, parts (also those a fifth as large), "
+            "dust (all but), none. Default: parts with an atlas, else largest."
+        ),
+    ] = None,
     fill_holes: Annotated[bool, typer.Option(help="Fill holes inside organs.")] = True,
     body_mask: Annotated[bool, typer.Option(help="Look only inside the body.")] = True,
     context: Annotated[

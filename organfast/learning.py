@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from organfast.adaptation import Adapt, check_adapts
 from organfast.anatomy import ClassTable
+from organfast.atlas import Atlas, Lattice, learned_atlas, rows_of
 from organfast.augmentation import Augmentation, altered_copy, jittered
 from organfast.blockfiles import classes_in
 from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
@@ -236,7 +237,8 @@ class Recipe:
         as the classifier gives them, as does a split in which nobody validates. A model of blocks
         that were cut out is not calibrated.
     adapt : Adapt or None
-        How a scan's own organs correct the classifier, unless who segments asks otherwise.
+        How a scan's own organs correct the classifier, unless who segments asks otherwise. The
+        model then gets an atlas of the scans, and of their copies, for it.
     max_memory_gb : float or None
         Most memory that what is learned from may take, GiB; None is half of the machine's.
 
@@ -450,6 +452,7 @@ def train(
         training=record,
         scores={},
         adapt=recipe.adapt,
+        atlas=source.atlas(),
     )
     scores: dict[str, Any] = {}
     for use, patients in (("validation", split.validation), ("test", split.test)):
@@ -525,6 +528,8 @@ class _Source:
     recipe: Recipe
     threads: int
     progress: Progress
+    lattices: list[Lattice] = field(default_factory=list)
+    """Of everything that was drawn from, for an atlas."""
 
     def cases_of(self, patients: Sequence[str]) -> list[Case]:
         return [case for case in self.dataset.cases if case.patient in patients]
@@ -549,6 +554,7 @@ class _Source:
             for version in _versions(scan, fine, recipe, (recipe.seed, number), self.threads):
                 positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
                 take(case, version, positions, drawn)
+                self._keep_for_atlas(version.scan)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
             for name, ml in _whole_ml(scan, fine.classes).items():
                 whole_ml[name] = min(ml, whole_ml.get(name, ml))
@@ -566,6 +572,18 @@ class _Source:
             "spacing_mm": np.median(spacings, axis=0)[::-1].tolist(),
             "warnings": warnings,
         }
+
+    def _keep_for_atlas(self, scan: LabelledScan) -> None:
+        if self.recipe.adapt is not None:
+            rows = rows_of(self.fine.classes.organs, len(self.fine.names), BACKGROUND)
+            self.lattices.append(Lattice.of(scan.labels, scan.grid_volume.spacing_mm, rows))
+
+    def atlas(self) -> Atlas | None:
+        """Of what was drawn from, where a model is to adapt to scans."""
+        if not self.lattices:
+            return None
+        with Workers(self.threads) as workers:
+            return learned_atlas(self.lattices, len(self.fine.classes.organs), workers)
 
 
 def _whole_ml(scan: LabelledScan, classes: ClassTable) -> dict[str, float]:

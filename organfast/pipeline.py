@@ -43,6 +43,7 @@ from organfast.models.forest import Forest
 from organfast.nifti import Scan, file_digest
 from organfast.organs import Organ, Presence, drop_small, measure_organs
 from organfast.probability import (
+    BACKGROUND,
     Classifier,
     Enlargement,
     Slab,
@@ -419,10 +420,11 @@ def _segment(
             )
     maps = evidence.maps if evidence else {}
     with _timed(seconds, "clean"):
-        cleaned = clean(labels, classes, settings.cleaning, volume.voxel_ml)
+        cleaning = settings.cleaning.settled(in_atlas=flow.is_in_atlas)
+        cleaned = clean(labels, classes, cleaning, volume.voxel_ml)
     with _timed(seconds, "measure organs"):
         position = evidence.position if evidence else None
-        organs = _organs(labels, confidence, volume, position, model, settings.cleaning)
+        organs = _organs(labels, confidence, volume, position, model, cleaning)
         organs = {name: organ for name, organ in organs.items() if organ.label in wanted}
         keep_labels(labels, wanted)
     return Result(
@@ -536,9 +538,32 @@ class _Flow:
             return asked
         coarse = np.stack([slab for _, slab in asked])
         classes = self.model.classes
+        at = self._laid_in_atlas(coarse, self.adapt)
         adaptation = Adaptation.of(coarse, self.block_grid, self.grid_volume, classes, self.adapt)
-        self.notes["adapted"] = adaptation.record(classes)
+        self.notes["adapted"] = {**adaptation.record(classes), "in_atlas": at}
         return adapted_slabs(coarse, self.block_grid, self.grid_volume, adaptation, workers)
+
+    def _laid_in_atlas(self, coarse: NDArray[np.float32], adapt: Adapt) -> dict[str, Any] | None:
+        """Rule organs out where they cannot be, in place; what is told of that."""
+        atlas, classes = self.model.atlas, self.model.classes
+        if atlas is None or not adapt.atlas:
+            return None
+        where = self.block_grid, self.grid_volume
+        place = atlas.of_scan(coarse, *where, classes.organs)
+        if place is None:
+            return None
+        rest = BACKGROUND if classes.context is None else classes.context
+        gone = atlas.rule_out(coarse, place, *where, classes.organs, rest)
+        return {
+            "stretch": [round(s, 3) for s in place.stretch],
+            "agreement": round(place.agreement, 3),
+            "ruled_out": {classes.names[n]: round(share, 3) for n, share in gone.items()},
+        }
+
+    @property
+    def is_in_atlas(self) -> bool:
+        """Whether organs were ruled out by an atlas."""
+        return bool((self.notes.get("adapted") or {}).get("in_atlas"))
 
     def asked_slabs(
         self, workers: Workers, visits: Visits, progress: Progress = silent

@@ -6,7 +6,7 @@ Arrays are in working order (k, i, j) and may be strided views; a clean map is w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -45,31 +45,50 @@ class Cleaning:
 
     Parameters
     ----------
-    keep : {"largest", "dust", "none"}
+    keep : {"largest", "parts", "dust", "none"} or None
         ``"largest"`` keeps the component with most voxels of each organ (of equal ones the first
-        in working order), ``"dust"`` those of at least ``dust_ml``, ``"none"`` all: no clean-up of
-        components. The largest component is never removed: whether an organ is there at all is
-        decided when it is measured.
+        in working order), ``"parts"`` also those of at least ``least_part`` of its voxels,
+        ``"dust"`` those of at least ``dust_ml``, ``"none"`` all: no clean-up of components. The
+        largest component is never removed: whether an organ is there at all is decided when it is
+        measured. None keeps parts where an atlas has ruled out what lies astray, and the largest
+        alone elsewhere.
     dust_ml : float, ml
         Smallest component that is no dust.
     fill_holes : bool
         Holes inside an organ become the organ, unless they touch another organ too.
+    least_part : float
+        Smallest component, as a share of the organ's largest, that is part of the organ.
 
     Raises
     ------
     ValueError
-        ``keep`` is unknown or ``dust_ml`` is negative.
+        ``keep`` is unknown, ``dust_ml`` is negative or ``least_part`` is no share.
     """
 
-    keep: Literal["largest", "dust", "none"] = "largest"
+    keep: Literal["largest", "parts", "dust", "none"] | None = None
     dust_ml: float = 0.5
     fill_holes: bool = True
+    least_part: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.keep not in ("largest", "dust", "none"):
-            raise ValueError(f"keep {self.keep!r} is unknown; use largest, dust or none")
+        if self.keep not in ("largest", "parts", "dust", "none", None):
+            raise ValueError(f"keep {self.keep!r} is unknown; use largest, parts, dust or none")
+        if not 0 < self.least_part <= 1:
+            raise ValueError(f"least_part {self.least_part} is no share; use above 0, at most 1")
         if not self.dust_ml >= 0:
             raise ValueError(f"dust_ml {self.dust_ml} is negative; use 0 ml or more")
+
+    def settled(self, *, in_atlas: bool) -> Cleaning:
+        """The same with what to keep said.
+
+        Parameters
+        ----------
+        in_atlas : bool
+            Whether organs were ruled out by an atlas.
+        """
+        if self.keep is not None:
+            return self
+        return replace(self, keep="parts" if in_atlas else "largest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +213,7 @@ def clean(
     classes : ClassTable
         What the labels mean.
     cleaning : Cleaning
-        What to remove.
+        What to remove; where it does not say what to keep, the largest components.
     voxel_ml : float, ml
         Volume of one voxel.
 
@@ -215,16 +234,16 @@ def clean(
         raise ValueError("labels are read-only; cleaning writes in place, so give a writable map")
     if not voxel_ml > 0:
         raise ValueError(f"voxel_ml {voxel_ml} is not positive; give the volume of a voxel in ml")
+    cleaning = cleaning.settled(in_atlas=False)
     memory = _Memory.of(labels)
     along = memory.along(labels)
     statistics, n_runs = _measure(along, len(classes), None)
     organs = [label for label in classes.organs if statistics.counts[label]]
     changes = np.zeros((len(classes), 3), np.int64)
     if cleaning.keep != "none" and organs:
-        smallest = cleaning.dust_ml / voxel_ml if cleaning.keep == "dust" else np.inf
         # One voxel more: what surrounds the organs.
         part = _Part.around(along, statistics.hull(organs), n_runs, margin=1)
-        changes[:, :2] = _remove_components(part, classes, memory.order, smallest)
+        changes[:, :2] = _remove_components(part, classes, memory.order, cleaning, voxel_ml)
     if cleaning.fill_holes and organs:
         # Removal leaves no organ beyond the hull of the map as it came.
         part = _Part.around(along, statistics.hull(organs), n_runs, margin=0)
@@ -368,9 +387,13 @@ def _measure(
 
 
 def _remove_components(
-    part: _Part, classes: ClassTable, order: tuple[int, ...], smallest: float
+    part: _Part,
+    classes: ClassTable,
+    order: tuple[int, ...],
+    cleaning: Cleaning,
+    voxel_ml: float,
 ) -> NDArray[np.int64]:
-    """Remove components below ``smallest`` voxels; (n_classes, 2) components and voxels removed."""
+    """Remove what is not to be kept; (n_classes, 2) components and voxels removed."""
     others = _not_organs(classes)
     sought = np.ones(len(classes), np.uint8)
     sought[others] = 0
@@ -381,6 +404,11 @@ def _remove_components(
     largest = np.flatnonzero(pieces.size == most[pieces.owner])
     largest = largest[np.lexsort((pieces.earliest[largest], pieces.owner[largest]))]
     _, first_of_organ = np.unique(pieces.owner[largest], return_index=True)
+    smallest: Any = np.inf
+    if cleaning.keep == "parts":
+        smallest = cleaning.least_part * most[pieces.owner]
+    elif cleaning.keep == "dust":
+        smallest = cleaning.dust_ml / voxel_ml
     is_removed = (pieces.size > 0) & (pieces.size < smallest)
     is_removed[largest[first_of_organ]] = False
     removed = np.flatnonzero(is_removed)

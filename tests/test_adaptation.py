@@ -339,7 +339,7 @@ def test_the_record_is_json_and_says_who_was_adapted() -> None:
     kidneys = int(found.n_core[LEFT])
     assert record == {
         "own_hu": True, "core": 0.7, "least_core": 5, "radius": 1, "edge_hu": 20.0,
-        "expected_dice": True,
+        "expected_dice": True, "atlas": True,
         "core_positions": {
             "liver": int(found.n_core[LIVER]), "kidney_right": kidneys, "kidney_left": kidneys
         },

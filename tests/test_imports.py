@@ -36,7 +36,7 @@ COLUMNS = [
         *("blocks", "sampling", "augmentation", "paintedcopies"),
         *("diseasedscan", "lesions", "metal", "pathology"),
     ],
-    ["probability", "adaptation"],
+    ["probability", "adaptation", "atlas"],
     [
         "models.architecture",
         "models.block_augmentation",

@@ -295,6 +295,9 @@ def test_a_model_of_classes_in_proportion(fine_cases: Path) -> None:
     assert record["n_of_each_class"] == [20] * len(names)
     assert record["sampling"]["least_share"] == 0.1
     assert model.adapt == Adapt()
+    assert model.atlas is not None
+    assert (model.atlas.shares.reshape(len(DEFAULT.organs), -1).max(axis=1) > 0).sum() > 3
+    assert learn(fine_cases, n_per_class=20).atlas is None
     expected = 0
     dataset = find_cases(fine_cases)
     for case in dataset.cases:

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
+from organfast.atlas import Atlas
 from organfast.blocks import Block
 from organfast.errors import InputError
 from organfast.grid import ModelGrid
@@ -192,15 +193,69 @@ def test_a_model_of_before_organs_were_weighed_up_goes_on_without(tmp_path: Path
     model = replace(small(), adapt=Adapt(expected_dice=False))
     save_model(model, tmp_path / "m.organfast")
     header, arrays = parts((tmp_path / "m.organfast").read_bytes())
-    del header["adapt"]["expected_dice"]
+    del header["adapt"]["expected_dice"], header["adapt"]["atlas"]
     (tmp_path / "old.organfast").write_bytes(joined(header, arrays))
     assert load_model(tmp_path / "old.organfast").adapt == model.adapt
+
+
+def with_atlas() -> Model:
+    shares = np.zeros((len(CLASSES.organs), 6, 5, 4), np.uint8)
+    shares[0, 1:3, 2:, :2] = 7
+    shares[2, 5, 4, 3] = 255
+    return replace(small(), adapt=Adapt(), atlas=Atlas(shares))
+
+
+def test_an_atlas_comes_back_and_is_part_of_what_a_model_is(tmp_path: Path) -> None:
+    model, path = with_atlas(), tmp_path / "m.organfast"
+    assert model.atlas is not None
+    save_model(model, path)
+    back = load_model(path)
+    assert back.atlas is not None
+    np.testing.assert_array_equal(back.atlas.shares, model.atlas.shares)
+    assert back.digest == model.digest
+    brighter = replace(model, atlas=Atlas(model.atlas.shares // 2))
+    assert len({model.digest, brighter.digest, replace(model, atlas=None).digest}) == 3
+    header, _ = parts(small_bytes())
+    assert "atlas" not in header
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"atlas": None}, "its atlas is there by half"),
+        ({"atlas": {"shape": [3, 6, 5, 4]}}, "atlas is missing, or not"),
+        ({"atlas": {"shape": [2, 6, 5, 4], "boxes": [[[0, 1]] * 3] * 2}}, "more than its boxes"),
+        ({"atlas": {"shape": [3, 6, 5, 4], "boxes": [[[0, 6]] * 3] * 3}}, "beyond the atlas"),
+        ({"atlas": {"shape": [1, 6, 5, 4], "boxes": [[[1, 2]] * 3]}}, "holds more than"),
+        ({"atlas": {"shape": [1, 6, 5, 4], "boxes": [[[1, 3], [2, 5], [0, 2]]]}}, "more than its"),
+    ],
+)
+def test_a_tampered_atlas_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.organfast"
+    save_model(with_atlas(), path)
+    header, arrays = parts(path.read_bytes())
+    path.write_bytes(joined({**header, **change}, arrays))
+    with pytest.raises(InputError, match=message):
+        load_model(path)
+
+
+def test_an_atlas_of_other_numbers_or_without_any_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.organfast"
+    save_model(with_atlas(), path)
+    header, arrays = parts(path.read_bytes())
+    atlas = arrays.pop("atlas")
+    for other in (None, atlas.astype(np.float32), atlas[:-1], atlas.reshape(1, -1)):
+        held = arrays if other is None else {**arrays, "atlas": other}
+        path.write_bytes(joined(header, held))
+        with pytest.raises(InputError, match="atlas"):
+            load_model(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"expected_dice": 1}, "adapt is missing, or not"),
+        ({"atlas": None}, "adapt is missing, or not"),
         ({"radius": 99}, "radius is 99"),
         ({"radius": True}, "adapt is missing, or not"),
         ({"edge_hu": "20"}, "adapt is missing, or not"),
@@ -291,6 +346,10 @@ def test_a_hundred_unlimited_trees_load_well_under_a_second(tmp_path: Path) -> N
         ({"classes": ClassTable.default()}, "tells 4 classes apart, the class table has 23"),
         ({"pattern": Block(5, (1, 5))}, "other voxels"),
         ({"adapt": Adapt(), "grid": ModelGrid()}, "adapting to a scan needs"),
+        (
+            {"atlas": Atlas(np.ones((2, 3, 3, 3), np.uint8))},
+            "shows 2 organs, the class table has 3",
+        ),
         ({"stride": (1, 4)}, r"stride is \(1, 4\)"),
         ({"stride": (0, 4, 4)}, r"stride is \(0, 4, 4\)"),
         ({"stride": (1, 4.5, 4)}, r"stride is \(1, 4.5, 4\)"),

@@ -57,6 +57,8 @@ def test_it_learns_classes_in_proportion_and_to_adapt(cohort_folder: Path, tmp_p
     assert run(["train", str(cohort_folder), "-o", str(path), *arguments, *how, "--adapt"]) == 0
     model = load_model(path)
     assert model.adapt == Adapt()
+    assert model.atlas is not None  # of the two who train
+    assert len(model.atlas.shares) == len(model.classes.organs)
     assert model.training["sampling"]["least_share"] == 0.2
     # At most five times as many of each class as of the rarest, in each of two cases.
     n = len(model.classes)

@@ -20,6 +20,7 @@ from test_volume import ORIENTATIONS
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
+from organfast.atlas import Atlas, Lattice, learned_atlas, rows_of
 from organfast.blocks import Block, gather_blocks
 from organfast.errors import InputError
 from organfast.grid import BlockGrid, ModelGrid, to_model_grid
@@ -657,6 +658,37 @@ def test_a_model_s_own_way_to_adapt_holds_unless_asked_otherwise(
     )
     without = segment(unseen.scan, model, Settings(adapt=False))
     np.testing.assert_array_equal(without.labels, results["working"].labels)
+
+
+def test_organs_are_ruled_out_where_the_atlas_has_none(
+    models: dict[str, Model], unseen: Patient, adapted: Result
+) -> None:
+    """An atlas of the patient himself; another in which the liver is but at the left kidney."""
+    model, classes = models["working"], models["working"].classes
+    liver = classes.organs.index(classes.index("liver"))
+    volume = unseen.scan
+    rows = rows_of(classes.organs, len(classes))
+    own = Lattice.of(volume.orientation.working(unseen.labels), volume.working_spacing_mm, rows)
+    with Workers(1) as workers:
+        atlas = learned_atlas([own], len(classes.organs), workers)
+    assert atlas is not None
+    shares = atlas.shares.copy()
+    shares[liver] = shares[classes.organs.index(classes.index("kidney_left"))]
+    assert adapted.record["adapted"]["in_atlas"] is None
+    dice = {}
+    for name, found in (("own", atlas), ("moved", Atlas(shares))):
+        laid = segment(volume, replace(model, adapt=Adapt(), atlas=found))
+        told = json.loads(json.dumps(laid.record))["adapted"]["in_atlas"]
+        assert set(told) == {"stretch", "agreement", "ruled_out"}
+        assert set(told["ruled_out"]) == {classes.names[n] for n in classes.organs}
+        dice[name] = dice_per_class(unseen.labels, laid.labels, 23)
+        assert (told["ruled_out"]["liver"] > 0.5) == (name == "moved")
+    plain = dice_per_class(unseen.labels, adapted.labels, 23)
+    organs = list(classes.organs)
+    assert np.nanmean(dice["own"][organs]) > np.nanmean(plain[organs]) - 0.02
+    assert dice["moved"][classes.index("liver")] < 0.3 < plain[classes.index("liver")]
+    without = segment(volume, replace(model, adapt=Adapt(atlas=False), atlas=Atlas(shares)))
+    np.testing.assert_array_equal(without.labels, adapted.labels)
 
 
 def test_adapting_on_a_scan_s_own_pixels_is_refused(native: Model, unseen: Patient) -> None:

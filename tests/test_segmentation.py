@@ -259,7 +259,7 @@ def test_joined_pieces_equal_their_twin(pairs: list[tuple[int, int]]) -> None:
 # --- cleaning -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", ["largest", "dust", "none"])
+@pytest.mark.parametrize("keep", ["largest", "parts", "dust", "none"])
 @pytest.mark.parametrize("fill_holes", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 9, 17), (13, 12, 11)])
 @pytest.mark.parametrize("slab_runs", [1, 300, 10**6])
@@ -278,7 +278,7 @@ def test_cleaning_equals_its_twin_however_the_map_is_cut_into_slabs(
         assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.parametrize("keep", ["largest", "dust", "none"])
+@pytest.mark.parametrize("keep", ["largest", "parts", "dust", "none"])
 @pytest.mark.parametrize("slab_runs", [1, 300, 10**6])
 def test_filling_equals_its_twin_however_the_map_is_cut_into_slabs(
     keep: Any, slab_runs: int, monkeypatch: pytest.MonkeyPatch
@@ -315,7 +315,7 @@ def test_cleaning_writes_in_place_in_any_memory_order(
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from([np.uint8, np.uint16]),
     slab_runs=st.sampled_from([1, 40, 10**6]),
-    keep=st.sampled_from(["largest", "dust"]),
+    keep=st.sampled_from(["largest", "parts", "dust"]),
 )
 def test_cleaning_equals_its_twin_whatever_the_map(
     shape: tuple[int, ...],
@@ -350,6 +350,7 @@ def test_the_record_counts_what_happened() -> None:
         "keep": "largest",
         "dust_ml": 0.5,
         "fill_holes": True,
+        "least_part": 0.2,
         "connectivity": 26,
         "organs": {"liver": {"removed_components": 2, "removed_voxels": 3, "filled_voxels": 1}},
     }
@@ -502,6 +503,9 @@ def test_a_map_without_organs_is_left_alone() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     labels = np.zeros((2, 2, 2), np.uint8)
+    for share in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="is no share; use above 0"):
+            Cleaning("parts", least_part=share)
     with pytest.raises(ValueError, match="keep 'all' is unknown"):
         Cleaning("all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dust_ml -1"):

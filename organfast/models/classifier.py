@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from organfast.adaptation import Adapt, check_adapts
 from organfast.anatomy import ClassTable
+from organfast.atlas import Atlas
 from organfast.blocks import Block, Context, pattern_from_dict, pattern_on
 from organfast.calibration import Isotonic, Temperature, calibration_from_dict
 from organfast.curve import Curve
@@ -47,6 +48,7 @@ MAX_STRIDE = 4096
 MAX_CLASSES = 4096
 
 _KEY = "organfast"
+_ATLAS = "atlas"
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_LEVELS = 16
 _MAX_QUOTED = 300
@@ -93,6 +95,8 @@ class Model:
         chosen of it. Advice to who asks the model; no part of what it is, nor of its digest.
     adapt : Adapt or None
         How a scan's own organs correct the classifier, unless a user asks otherwise; None does not.
+    atlas : Atlas or None
+        Where the organs of ``classes`` lie in a body, for that correction.
 
     Raises
     ------
@@ -111,6 +115,7 @@ class Model:
     calibration: Temperature | Isotonic | None = None
     presets: Curve | None = None
     adapt: Adapt | None = None
+    atlas: Atlas | None = None
 
     def __post_init__(self) -> None:
         if not self.versions:
@@ -125,6 +130,11 @@ class Model:
         pattern_on(self.grid, self.pattern)
         if self.adapt is not None:
             check_adapts(self.grid)
+        if self.atlas is not None and len(self.atlas.shares) != len(self.classes.organs):
+            raise ValueError(
+                f"the atlas shows {len(self.atlas.shares)} organs, the class table has "
+                f"{len(self.classes.organs)}"
+            )
         if len(self.stride) != 3 or not all(
             isinstance(s, (int, np.integer)) and 1 <= s <= MAX_STRIDE for s in self.stride
         ):
@@ -179,11 +189,21 @@ class Model:
             header["network"] = self.network
         if self.adapt is not None:
             header["adapt"] = asdict(self.adapt)
+        if self.atlas is not None:
+            header["atlas"], _ = self.atlas.packed
         try:
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the record of a model must be for JSON: {error}") from None
         return dict(json.loads(text))
+
+    @property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """What a file holds beside the header."""
+        arrays = dict(self.classifier.arrays())
+        if self.atlas is not None:
+            _, arrays[_ATLAS] = self.atlas.packed
+        return arrays
 
     @cached_property
     def digest(self) -> str:
@@ -192,7 +212,7 @@ class Model:
         A model answers alike with presets and without; the settings of a run are recorded by it.
         """
         content = hashlib.sha256(_text({**self._header, "presets": None}).encode())
-        for name, array in sorted(self.classifier.arrays().items()):
+        for name, array in sorted(self._arrays.items()):
             content.update(f"{name} {array.dtype.name} {array.shape}".encode())
             content.update(array.tobytes())
         return content.hexdigest()
@@ -216,7 +236,7 @@ def save_model(model: Model, path: StrPath) -> None:
     from safetensors.numpy import save
 
     # One metadata key: safetensors writes several in random order.
-    content = save(model.classifier.arrays(), {_KEY: _text(model._header)})
+    content = save(model._arrays, {_KEY: _text(model._header)})
     with written_whole(path) as beside, open(beside, "xb") as file:
         file.write(content)
 
@@ -255,14 +275,17 @@ def load_model(path: StrPath) -> Model:
         classes = ClassTable.from_dict(header["classes"])
         pattern = pattern_from_dict(header["pattern"])
         grid = ModelGrid.from_dict(header["grid"])
+        arrays = _read_arrays(content)
+        atlas = _atlas(header, arrays.pop(_ATLAS, None))
         return Model(
-            classifier=_classifier(header, _read_arrays(content), pattern, len(classes)),
+            classifier=_classifier(header, arrays, pattern, len(classes)),
             classes=classes,
             pattern=pattern,
             grid=grid,
             calibration=calibration_from_dict(header["calibration"], len(classes)),
             presets=None if header["presets"] is None else Curve.from_dict(header["presets"]),
-            adapt=None if header.get("adapt") is None else Adapt(**_BEFORE_GAIN | header["adapt"]),
+            adapt=None if header.get("adapt") is None else Adapt(**_EARLIER | header["adapt"]),
+            atlas=atlas,
             **{name: header[name] for name in ("stride", "training", "scores", "versions")},
         )
     except ValueError as error:
@@ -328,7 +351,15 @@ _FOREST_ARRAYS = {
     "leaf_table": ("<f8", 2),
 }
 # By safetensors' name, NumPy's.
-_DTYPES = {"I16": "<i2", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
+_DTYPES = {
+    "U8": "|u1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "F32": "<f4",
+    "F64": "<f8",
+}
 
 
 def _classifier(
@@ -347,6 +378,13 @@ def _classifier(
         if arrays[name].dtype != np.dtype(dtype) or arrays[name].ndim != n_axes:
             raise ValueError(f"{name} is {arrays[name].ndim}-D {arrays[name].dtype}")
     return Forest.from_arrays(arrays, pattern.offsets, n_classes)
+
+
+def _atlas(header: Mapping[str, Any], content: NDArray[Any] | None) -> Atlas | None:
+    packed = header.get("atlas")
+    if (packed is None) != (content is None):
+        raise ValueError("its atlas is there by half")
+    return None if packed is None or content is None else Atlas.unpacked(packed, content)
 
 
 def _read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
@@ -376,8 +414,8 @@ _ADAPT = {
     "radius": int,
     "edge_hu": _NUMBER,
 }
-_BEFORE_GAIN = {"expected_dice": False}
-"""Models that were written before organs were weighed up go on without."""
+_EARLIER = {"expected_dice": False, "atlas": True}
+"""Models that were written before organs were weighed up go on without; they have no atlas."""
 _SHAPE: dict[Any, Any] = {
     "schema": int,
     "classifier": str,
@@ -418,7 +456,13 @@ _SHAPE: dict[Any, Any] = {
     "versions": {str: str},
     "calibration": ({"kind": str, str: object}, None),
     "presets": ({str: object}, None),
-    "adapt": ({**_ADAPT, "expected_dice": bool}, _ADAPT, None),
+    "adapt": (
+        {**_ADAPT, "expected_dice": bool, "atlas": bool},
+        {**_ADAPT, "expected_dice": bool},
+        _ADAPT,
+        None,
+    ),
+    "atlas": ({"shape": [int], "boxes": [[[int]]]}, None),
 }
 
 
@@ -440,7 +484,7 @@ def _check_whole(whole_ml: Any) -> None:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    fault = _fault({"network": None, "adapt": None, **header}, _SHAPE, "")
+    fault = _fault({"network": None, "adapt": None, "atlas": None, **header}, _SHAPE, "")
     if fault is not None:
         raise ValueError(f"{fault.lstrip('.') or 'its header'} is missing, or not of its kind")
     if header["classifier"] not in ("forest", "cnn"):
