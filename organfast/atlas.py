@@ -41,7 +41,7 @@ _LEAST_P = 2e-3
 """Probability of an organ where no scan has it: a wrong label must not decide alone."""
 _BEYOND_P = 0.9
 """Probability of no organ beyond the atlas."""
-_ROOM = 5  # voxels
+_ROOM = 3  # voxels
 _FULL_SHARE = 0.02
 """From this share of the scans on an organ is at home at a place, after the room around it."""
 _HARDLY = 0.05

@@ -25,6 +25,7 @@ import typer
 from organfast.errors import InputError
 
 if TYPE_CHECKING:
+    from organfast.adaptation import Adapt
     from organfast.anatomy import ClassTable
     from organfast.batch import BatchPlan
     from organfast.batchinputs import BatchInput
@@ -437,7 +438,7 @@ def segment(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Components of an organ to keep: largest, parts (also those a fifth as large), "
+            help="Components of an organ to keep: largest, parts (also those half as large), "
             "dust (all but), none. Default: parts with an atlas, else largest."
         ),
     ] = None,
@@ -453,6 +454,13 @@ def segment(
     margin: Margin = None,
     trees: Trees = None,
     adapt: Adapting = None,
+    atlas: Annotated[
+        bool,
+        typer.Option(
+            help="When adapting, rule organs out where no scan that was learned from has them; "
+            "not where an organ was transplanted or mirrored."
+        ),
+    ] = True,
     labels_only: Annotated[
         bool,
         typer.Option(
@@ -539,7 +547,7 @@ def segment(
         keep_context=context,
         probabilities=kept,
         confidence=not labels_only,
-        adapt=adapt,
+        adapt=adapt if atlas else _without_atlas(adapt, loaded),
     )
     asked = (_stride(stride), coarse_to_fine, _refine(coarse_to_fine, margin), trees)
     settings = _with_shortcuts(settings, asked, preset, (Path(shown(model)), loaded))
@@ -1159,6 +1167,16 @@ def _refine(coarse_to_fine: bool | None, margin: float | None) -> Refine | None:
 
 def _adapting(adapt: bool) -> str:
     return "--adapt" if adapt else "--no-adapt"
+
+
+def _without_atlas(adapt: bool | None, model: Model) -> Adapt:
+    """How a model adapts as asked for, but for the atlas."""
+    from organfast.pipeline import Settings
+
+    usual = Settings(adapt=adapt).adapts(model)
+    if usual is None or model.atlas is None:
+        raise ValueError("--no-atlas leaves nothing out, for no atlas would be used; leave it")
+    return replace(usual, atlas=False)
 
 
 def _three_lengths(text: str) -> tuple[float, float, float]:

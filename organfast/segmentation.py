@@ -68,7 +68,7 @@ class Cleaning:
     keep: Literal["largest", "parts", "dust", "none"] | None = None
     dust_ml: float = 0.5
     fill_holes: bool = True
-    least_part: float = 0.2
+    least_part: float = 0.5
 
     def __post_init__(self) -> None:
         if self.keep not in ("largest", "parts", "dust", "none", None):

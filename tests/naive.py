@@ -185,7 +185,7 @@ def clean(labels, classes, keep, smallest, fill_holes):
         sizes = [np.count_nonzero(components == c) for c in range(1, n + 1)]
         for c in range(1, n + 1):
             is_largest = c - 1 == int(np.argmax(sizes))
-            is_part = keep == "parts" and sizes[c - 1] >= 0.2 * max(sizes)
+            is_part = keep == "parts" and sizes[c - 1] >= 0.5 * max(sizes)
             if is_largest or is_part or (keep == "dust" and sizes[c - 1] >= smallest):
                 continue
             mask = components == c

@@ -985,6 +985,9 @@ def test_a_scan_may_correct_the_labels_wherever_it_is_segmented(
         )
     )  # fmt: skip
     assert asked == own != plain == off
+    refused = cli("segment", "-i", scan_file, "-o", tmp_path / "x", "-m", with_it, "--no-atlas")
+    assert refused.code == 2
+    assert "--no-atlas leaves nothing out" in refused.err
     ran = cli("verify", scan_file, "-m", model_file, *stride, "--adapt")
     assert ran.code == 0
     assert json.loads(ran.out)["settings"]["adapt"]["core"] == 0.7

@@ -350,7 +350,7 @@ def test_the_record_counts_what_happened() -> None:
         "keep": "largest",
         "dust_ml": 0.5,
         "fill_holes": True,
-        "least_part": 0.2,
+        "least_part": 0.5,
         "connectivity": 26,
         "organs": {"liver": {"removed_components": 2, "removed_voxels": 3, "filled_voxels": 1}},
     }

@@ -57,6 +57,16 @@ def test_without_a_model_a_scan_is_segmented_and_told_by_what(
     assert json.loads((out / "run.json").read_text())["model"] == load_model("starter").digest
 
 
+def test_it_is_laid_over_its_atlas_unless_asked_not_to(scan_file: Path, tmp_path: Path) -> None:
+    told = []
+    for flag in ((), ("--no-atlas",)):
+        out = tmp_path / f"out{len(flag)}"
+        assert run(["segment", "-i", str(scan_file), "-o", str(out), "--no-preview", *flag]) == 0
+        told.append(json.loads((out / "run.json").read_text())["adapted"])
+    assert told[0]["in_atlas"]["ruled_out"].keys() >= {"liver", "urinary_bladder"}
+    assert told[1]["in_atlas"] is None
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="the public pool lies beside a checkout")
 @pytest.mark.parametrize("name", ["chest", "abdomen"])
 def test_organs_of_the_pool_are_where_they_are(name: str) -> None:

@@ -134,6 +134,7 @@ def starter_tables(results: Mapping[str, Any]) -> dict[str, str]:
         "starter": _organ_table(whole),
         "starter-steps": _step_table({n: r for n, r in whole.items() if "steps_after" in r}),
         "starter-stages": _stage_table({n: r for n, r in whole.items() if "stages" in r}),
+        "starter-strains": _strain_table({n: r for n, r in whole.items() if "strains" in r}),
         "starter-curve": _curve_table(special),
     }
 
@@ -196,6 +197,24 @@ def _stage_table(rows: Mapping[str, Any]) -> str:
         asked = [row["stages"][stage] for row in rows.values()]
         cells = [f"{_six_and_all(one)}, {100 * one['share_asked']:.0f} %" for one in asked]
         lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _strain_table(rows: Mapping[str, Any]) -> str:
+    """A line per way to scan a patient: Dice, organs missed and organs reported."""
+    lines = _heads("the same patient", rows)
+    for strain in next(iter(rows.values()))["strains"]:
+        found = [row["strains"][strain] for row in rows.values()]
+        cells = [
+            ", ".join(
+                [
+                    _six_and_all(one),
+                    *(_of_all(one["presence"], *counted) for counted in _PRESENCE.values()),
+                ]
+            )
+            for one in found
+        ]
+        lines.append(f"| {strain} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,13 +6,14 @@ Used by ``train_starter.py``; each figure goes to ``benchmarks/results/starter.j
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from starter_strains import strained
 
 from organfast.adaptation import Adapt
 from organfast.evaluation import evaluate
@@ -25,15 +26,17 @@ from organfast.pipeline import Settings, segment
 from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.scorebook import Evaluation
+from organfast.volume import Volume
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
 STEPS: dict[str, Adapt | bool] = {
     "the classifier alone": False,
+    "+ the atlas": Adapt(own_hu=False, radius=0, expected_dice=False),
     "+ HU of this scan's organs": Adapt(radius=0, expected_dice=False),
-    "+ guided filter alone": Adapt(own_hu=False, expected_dice=False),
-    "+ both": Adapt(expected_dice=False),
-    "+ both, doubtful organs weighed up": True,
+    "+ guided filter": Adapt(expected_dice=False),
+    "+ doubtful organs weighed up": True,
+    "all but the atlas": Adapt(atlas=False),
 }
 STAGES = {
     "every 6 mm": Settings(),
@@ -43,6 +46,9 @@ STAGES = {
 }
 GOOD_DICE = 0.7
 RISK = 0.1
+
+Answer = tuple[Result, NDArray[Any]]
+"""What a model says of a scan, and the true label map as stored."""
 
 
 def scores(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
@@ -71,14 +77,26 @@ def _mean_of(
     model: Model, dataset: Path, patients: Sequence[str], settings: Settings
 ) -> dict[str, float]:
     """Of the six large organs and of all: means over patients, then organs; and the share asked."""
-    by_patient, shares = [], []
-    for result, truth in _segmented(model, dataset, patients, settings):
-        by_patient.append(_dice_of(result, truth, len(model.classes)))
-        shares.append(result.record["positions"]["share_asked"])
-    columns = [(n, np.array(by_patient)[:, n]) for n in model.classes.organs]
+    answers = list(_segmented(model, _scans(model, dataset, patients), settings))
+    shares = [result.record["positions"]["share_asked"] for result, _ in answers]
+    return {**_mean_dice(model, answers), "share_asked": round(float(np.mean(shares)), 3)}
+
+
+def _mean_dice(model: Model, answers: Sequence[Answer]) -> dict[str, float]:
+    by_patient = np.array([_dice_of(*answer, len(model.classes)) for answer in answers])
+    columns = [(n, by_patient[:, n]) for n in model.classes.organs]
     scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
-    dice_of = {model.classes.names[n]: float(np.nanmean(column)) for n, column in scored}
-    return {**means(dice_of), "share_asked": round(float(np.mean(shares)), 3)}
+    return means({model.classes.names[n]: float(np.nanmean(column)) for n, column in scored})
+
+
+def each_strain(model: Model, dataset: Path, patient: str) -> dict[str, Any]:
+    """Mean Dice, organs missed and reported, where a patient was scanned in other ways."""
+    ((volume, truth),) = _scans(model, dataset, [patient])
+    rows = {}
+    for strain, scans in strained(volume, truth).items():
+        answers = list(_segmented(model, scans, Settings()))
+        rows[strain] = {**_mean_dice(model, answers), "presence": _presence(answers)}
+    return rows
 
 
 def by_organ(found: Evaluation, score: str) -> dict[str, float]:
@@ -101,36 +119,53 @@ def means(dice: Mapping[str, float]) -> dict[str, float]:
 def reports(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
     """What is said of organs as a whole.
 
-    ``certainties`` are (mean probability, Dice) of each organ that is reported of each patient;
-    ``presence`` counts organs that are there and of those the missed ones, organs that are not
-    there and of those the reported ones. There is what has as many ml as are needed for a report.
+    ``certainties`` are (mean probability, Dice) of each organ that is reported of each patient; for
+    ``presence`` see there.
     """
     certainties: list[list[float]] = []
-    presence = dict.fromkeys(("there", "missed", "not_there", "reported"), 0)
-    for result, truth in _segmented(model, dataset, patients, Settings()):
+    answers = list(_segmented(model, _scans(model, dataset, patients), Settings()))
+    for result, truth in answers:
         dice = _dice_of(result, truth, len(model.classes))
-        ml = np.bincount(truth.ravel(), minlength=len(model.classes)) * result.scan.volume.voxel_ml
         for organ in result.organs.values():
             if organ.present and organ.confidence is not None:
                 certainties.append([round(organ.confidence, 3), round(float(dice[organ.label]), 3)])
+    return {"certainties": certainties, "presence": _presence(answers)}
+
+
+def _presence(answers: Iterable[Answer]) -> dict[str, int]:
+    """Organs that are there and of those the missed ones; not there, and of those the reported.
+
+    There is what has as many ml as are needed for a report.
+    """
+    counts = dict.fromkeys(("there", "missed", "not_there", "reported"), 0)
+    for result, truth in answers:
+        n = len(result.classes)
+        ml = np.bincount(truth.ravel(), minlength=n) * result.scan.volume.voxel_ml
+        for organ in result.organs.values():
             if ml[organ.label] >= Presence().min_ml:
-                presence["there"] += 1
-                presence["missed"] += not organ.present
+                counts["there"] += 1
+                counts["missed"] += not organ.present
             elif not ml[organ.label]:
-                presence["not_there"] += 1
-                presence["reported"] += organ.present
-    return {"certainties": certainties, "presence": presence}
+                counts["not_there"] += 1
+                counts["reported"] += organ.present
+    return counts
+
+
+def _scans(
+    model: Model, dataset: Path, patients: Sequence[str]
+) -> Iterator[tuple[Volume, NDArray[Any]]]:
+    """The scan of each patient, and the true label map as stored."""
+    for case in find_cases(dataset).cases:
+        if case.patient in patients:
+            volume = read_scan(case.image).volume
+            yield volume, case_labels(case, model.classes, volume).labels
 
 
 def _segmented(
-    model: Model, dataset: Path, patients: Sequence[str], settings: Settings
-) -> Iterator[tuple[Result, NDArray[Any]]]:
-    """Each patient segmented, and the true label map as stored."""
-    for case in find_cases(dataset).cases:
-        if case.patient in patients:
-            scan = read_scan(case.image)
-            truth = case_labels(case, model.classes, scan.volume).labels
-            yield segment(scan, model, settings, threads=2), truth
+    model: Model, scans: Iterable[tuple[Volume, NDArray[Any]]], settings: Settings
+) -> Iterator[Answer]:
+    for volume, truth in scans:
+        yield segment(volume, model, settings, threads=2), truth
 
 
 def _dice_of(result: Result, truth: NDArray[Any], n_classes: int) -> NDArray[np.float64]:

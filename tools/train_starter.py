@@ -32,7 +32,15 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from starter_scores import each_stage, each_step, kept, reports, scores, with_sureness
+from starter_scores import (
+    each_stage,
+    each_step,
+    each_strain,
+    kept,
+    reports,
+    scores,
+    with_sureness,
+)
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable, Structure, totalsegmentator_names
@@ -208,6 +216,7 @@ def judge(model: Model, given: argparse.Namespace) -> None:
             row["steps_after"] = each_step(model, folder, patients)
         if not special and kind == "scan":
             row["stages"] = each_stage(model, folder, patients)
+            row["strains"] = each_strain(model, folder, given.without)
         if not special and kind == "painted":
             row |= reports(model, folder, patients)
     for key, row in rows.items():
