@@ -43,7 +43,9 @@ _BEYOND_P = 0.9
 """Probability of no organ beyond the atlas."""
 _ROOM = 3  # voxels
 _FULL_SHARE = 0.02
-"""From this share of the scans on an organ is at home at a place, after the room around it."""
+"""From this share of the scans on an organ is at home at a place, after the room around it; of a
+small or seldom labelled organ, from this part of its greatest share on:"""
+_FULL_PART = 0.1
 _HARDLY = 0.05
 """What is left of a probability where an organ is not at home."""
 _STRETCH = 0.15
@@ -175,9 +177,13 @@ class Atlas:
         """(n_organs, K, I, J): 1 where an organ may be, with some room around it; else little."""
         from scipy.ndimage import gaussian_filter, maximum_filter
 
-        room = [gaussian_filter(maximum_filter(p, _ROOM), 1.0, mode="nearest") for p in self._p]
-        home: NDArray[np.float32] = np.clip(np.stack(room) / _FULL_SHARE, _HARDLY, 1)
-        return home
+        def at_home(p: NDArray[np.float32]) -> NDArray[np.float32]:
+            room = gaussian_filter(maximum_filter(p, _ROOM), 1.0, mode="nearest")
+            full = max(min(_FULL_SHARE, _FULL_PART * float(room.max())), 1e-6)
+            home: NDArray[np.float32] = np.clip(room / np.float32(full), _HARDLY, 1)
+            return home
+
+        return np.stack([at_home(p) for p in self._p])
 
     @cached_property
     def _beyond(self) -> NDArray[np.float32]:

@@ -187,6 +187,20 @@ def test_what_is_nobodys_place_keeps_a_little(atlas: Atlas) -> None:
     assert (coarse[..., LIVER] > 0).all()
 
 
+def test_an_organ_that_few_of_the_scans_show_is_at_home_where_they_do(atlas: Atlas) -> None:
+    """As one that one scan in a hundred labels."""
+    shares = atlas.shares.copy()
+    shares[0] = np.rint(shares[0] / 10)
+    labels = person((1.0, 1.0, 1.0), (5, 5, 5), seed=79)
+    blocks, volume = scan_of(labels)
+    coarse = answers(labels, blocks)
+    seldom = Atlas(shares)
+    place = seldom.of_scan(coarse, blocks, volume, ORGANS)
+    assert place is not None
+    gone = seldom.rule_out(coarse, place, blocks, volume, ORGANS, CONTEXT)
+    assert gone[LIVER] < 0.03
+
+
 def test_a_scan_without_organs_is_nowhere(atlas: Atlas) -> None:
     labels = np.full((20, 20, 20), CONTEXT, np.uint8)
     blocks, volume = scan_of(labels)
