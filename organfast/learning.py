@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from organfast.adaptation import Adapt, check_adapts
 from organfast.anatomy import ClassTable
-from organfast.atlas import Atlas, Lattice, learned_atlas, rows_of
+from organfast.atlas import Atlas
+from organfast.atlaslearning import Lattice, learned_atlas, rows_of
 from organfast.augmentation import Augmentation, altered_copy, jittered
 from organfast.blockfiles import classes_in
 from organfast.blocklearning import block_pattern, learned_blocks, score_blocks
@@ -554,7 +555,7 @@ class _Source:
             for version in _versions(scan, fine, recipe, (recipe.seed, number), self.threads):
                 positions, drawn = version.drawn(fine, n_of_each, recipe.sampling, self.threads)
                 take(case, version, positions, drawn)
-                self._keep_for_atlas(version.scan)
+                self._keep_for_atlas(version)
                 counts[number] += np.bincount(drawn, minlength=len(fine.names))
             for name, ml in _whole_ml(scan, fine.classes).items():
                 whole_ml[name] = min(ml, whole_ml.get(name, ml))
@@ -573,9 +574,12 @@ class _Source:
             "warnings": warnings,
         }
 
-    def _keep_for_atlas(self, scan: LabelledScan) -> None:
-        if self.recipe.adapt is not None:
+    def _keep_for_atlas(self, version: _Version) -> None:
+        """Where a model is to adapt; a mirrored body has its liver on the other side."""
+        is_mirrored = version.augmentation is not None and version.augmentation.mirror > 0
+        if self.recipe.adapt is not None and not is_mirrored:
             rows = rows_of(self.fine.classes.organs, len(self.fine.names), BACKGROUND)
+            scan = version.scan
             self.lattices.append(Lattice.of(scan.labels, scan.grid_volume.spacing_mm, rows))
 
     def atlas(self) -> Atlas | None:

@@ -556,7 +556,7 @@ class _Flow:
         gone = atlas.rule_out(coarse, place, *where, classes.organs, rest)
         return {
             "stretch": [round(s, 3) for s in place.stretch],
-            "agreement": round(place.agreement, 3),
+            "log_p": round(place.log_p, 3),
             "ruled_out": {classes.names[n]: round(share, 3) for n, share in gone.items()},
         }
 

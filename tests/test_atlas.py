@@ -1,8 +1,7 @@
-"""The atlas: a slow twin of what it adds up, scans it must find its way in, and its files."""
+"""The atlas: slow twins of what it counts and looks up, scans that must find their place, files."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from organfast import atlaslearning
 from organfast.anatomy import ClassTable
-from organfast.atlas import VOXEL_MM, Atlas, Lattice, learned_atlas, rows_of
+from organfast.atlas import MOST_SIDE, VOXEL_MM, Atlas, Place
+from organfast.atlaslearning import Lattice, learned_atlas, rows_of
 from organfast.grid import BlockGrid, GridVolume
-from organfast.kernels.atlas import agreement
+from organfast.kernels.atlas import log_likelihood
 from organfast.workers import Workers
 
 CLASSES = ClassTable.from_names(
@@ -93,24 +95,25 @@ def scan_of(labels: NDArray[np.uint8]) -> tuple[BlockGrid, GridVolume]:
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def test_agreement_is_that_of_one_point_after_the_other() -> None:
+def test_the_likelihood_is_that_of_one_point_after_the_other() -> None:
     rng = np.random.default_rng(0)
-    logs = rng.normal(size=(5, 6, 7, 4)).astype(np.float32)
-    beyond = rng.normal(size=4).astype(np.float32)
-    points = rng.uniform(-20, 90, (500, 3)).astype(np.float32)
-    labels, weights = rng.integers(-1, 6, 500), rng.random(500).astype(np.float32)
+    shares = rng.integers(0, 256, (4, 5, 6, 7), np.uint8)
+    logs, beyond = (rng.normal(size=n).astype(np.float32) for n in (256, 4))
+    points = rng.uniform(-10, 60, (500, 3)).astype(np.float32)
+    points[:6] = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9])[:, None]
+    rows, weights = rng.integers(-1, 6, 500), rng.random(500).astype(np.float32)
     scale, shift = np.array([0.1, 0.09, 0.11]), np.array([0.3, -1.0, 2.0])
     expected, n_inside = 0.0, 0
-    for point, label, weight in zip(points, labels, weights, strict=True):
-        if not 0 <= label < 4:
+    for n, (point, row, weight) in enumerate(zip(points, rows, weights, strict=True)):
+        if not 0 <= row < 4:
             continue
-        at = [round(float(x)) for x in scale * point.astype(np.float64) + shift]
-        is_inside = all(0 <= x < n for x, n in zip(at, logs.shape, strict=False))
+        at = [-1] if n < 6 else [round(float(x)) for x in scale * point.astype(float) + shift]
+        is_inside = all(0 <= x < m for x, m in zip(at, shares.shape[1:], strict=False))
         n_inside += is_inside
-        expected += float(weight * (logs[(*at, label)] if is_inside else beyond[label]))
+        expected += float(weight * (logs[shares[(row, *at)]] if is_inside else beyond[row]))
     assert 50 < n_inside < 450
-    found = agreement(logs, beyond, points, labels, weights, scale, shift)
-    assert found == pytest.approx(expected, rel=1e-5)
+    found = log_likelihood(shares, logs, beyond, points, rows, weights, scale, shift)
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 # --- where a scan lies ----------------------------------------------------------------------------
@@ -135,6 +138,7 @@ def test_a_part_of_a_body_is_found_in_it(atlas: Atlas, first: int, height: int) 
     labels = person((1.08, 0.95, 1.05), (18, -10, 12), seed=77)
     slab = labels[first : first + height]
     shown = [n for n in ORGANS if (slab == n).sum() > 0.7 * (labels == n).sum()]
+    assert shown or height == 30
     blocks, volume = scan_of(slab)
     place = atlas.of_scan(answers(slab, blocks), blocks, volume, ORGANS)
     if not np.isin(slab, ORGANS).any():
@@ -174,31 +178,99 @@ def test_an_organ_where_none_can_be_goes_and_the_others_stay(atlas: Atlas) -> No
         assert gone[label] > 0.01 if label in astray else gone[label] < 0.01
 
 
-def test_what_is_nobodys_place_keeps_a_little(atlas: Atlas) -> None:
-    """Beyond the atlas nothing is certain either: an organ that is all there is can win."""
+def test_a_long_scan_of_which_few_organs_are_known_finds_its_place(atlas: Atlas) -> None:
+    """Legs for 80 cm below the trunk; of the atlas the kidneys alone."""
+    labels = person((1.05, 1.0, 0.97), (10, 8, -6), seed=80)
+    legs = np.zeros((200, *SHAPE[1:]), np.uint8)
+    legs[:, 20:40, 25:65] = CONTEXT
+    long = np.concatenate([legs, labels])
+    kidneys = [RIGHT, LEFT]
+    known = Atlas(np.ascontiguousarray(atlas.shares[[n - ORGANS[0] for n in kidneys]]))
+    others = np.where(np.isin(long, [*kidneys, BACKGROUND]), long, CONTEXT)
+    blocks, volume = scan_of(long)
+    coarse = answers(others, blocks)
+    place = known.of_scan(coarse, blocks, volume, kidneys)
+    assert place is not None
+    assert max(known.rule_out(coarse, place, blocks, volume, kidneys, CONTEXT).values()) < 0.02
+
+
+def test_beyond_the_atlas_nineteen_parts_of_twenty_go(atlas: Atlas) -> None:
+    blocks, volume = scan_of(person())
+    coarse = np.zeros((*blocks.shape, len(CLASSES)), np.float32)
+    coarse[..., LIVER], coarse[..., SPLEEN] = 0.9, 0.1
+    far = Place((1 / VOXEL_MM,) * 3, (1000.0,) * 3)
+    gone = atlas.rule_out(coarse, far, blocks, volume, ORGANS, CONTEXT)
+    assert gone[LIVER] == pytest.approx(0.95)
+    np.testing.assert_allclose(coarse[..., LIVER], 0.045, rtol=1e-5)
+    np.testing.assert_allclose(coarse[..., CONTEXT], 0.95, rtol=1e-5)
+
+
+@pytest.mark.parametrize("peak", [255, 25, 8])
+def test_where_an_organ_is_at_home_is_what_the_whole_volume_says(peak: int) -> None:
+    """A twin without boxes: room of a voxel around each, blurred, looked up one by one."""
+    rng = np.random.default_rng(peak)
+    shares = np.zeros((3, 30, 26, 28), np.uint8)
+    shares[0, 3:9, 20:26, 0:5] = rng.integers(1, peak + 1, (6, 6, 5))
+    shares[1, 12:15, 10:14, 11:19] = peak
+    blocks = BlockGrid((60, 50, 70), (2, 3, 4))
+    volume = GridVolume(np.zeros((60, 50, 70), np.int16), spacing_mm=(4.0, 5.0, 3.5))
+    place = Place((0.13, 0.12, 0.125), (-2.0, -1.0, 0.4))
+    coarse = rng.random((*blocks.shape, 5)).astype(np.float32)
+    expected = coarse.astype(np.float64)
+    for organ, label in enumerate((4, 1, 2)):
+        p = np.pad((shares[organ] / 255.0) ** 2, 60)
+        room = ndimage.gaussian_filter(ndimage.maximum_filter(p, 3), 1.0)
+        full = min(0.02, 0.1 * room.max())
+        for at in np.ndindex(blocks.shape):
+            mm = [c[n] * s for c, n, s in zip(blocks.centres, at, volume.spacing_mm, strict=True)]
+            voxel = [round(m * s + t) for m, s, t in zip(mm, place.scale, place.shift, strict=True)]
+            home = 1.0 if organ == 2 else room[tuple(v + 60 for v in voxel)] / full
+            kept = expected[(*at, label)] * min(max(home, 0.05), 1)
+            expected[(*at, 0)] += expected[(*at, label)] - kept
+            expected[(*at, label)] = kept
+    Atlas(shares).rule_out(coarse, place, blocks, volume, (4, 1, 2), 0)
+    np.testing.assert_allclose(coarse, expected, rtol=1e-4)
+
+
+def test_an_organ_that_few_of_the_scans_show_is_at_home_where_they_do() -> None:
+    """One labelled spleen among two hundred scans, far below the others."""
+    usual = person()
+    usual[usual == SPLEEN] = CONTEXT
+    astray = usual.copy()
+    astray[8:20, 20:35, 30:50] = SPLEEN
+    with Workers(2) as workers:
+        lattices = [lattice(astray), *[lattice(usual)] * 199]
+        found = learned_atlas(lattices, len(ORGANS), workers)
+    assert found is not None
+    blocks, volume = scan_of(astray)
+    coarse = answers(astray, blocks)
+    place = found.of_scan(coarse, blocks, volume, ORGANS)
+    assert place is not None
+    gone = found.rule_out(coarse, place, blocks, volume, ORGANS, CONTEXT)
+    assert gone[SPLEEN] < 0.1
+
+
+def test_an_organ_that_no_scan_shows_may_be_anywhere(atlas: Atlas) -> None:
+    shares = atlas.shares.copy()
+    shares[0] = 0
     labels = person()
     blocks, volume = scan_of(labels)
-    place = atlas.of_scan(answers(labels, blocks), blocks, volume, ORGANS)
-    assert place is not None
-    far = replace(place, shift=tuple(s + 1000 for s in place.shift))
     coarse = answers(labels, blocks)
-    gone = atlas.rule_out(coarse, far, blocks, volume, ORGANS, CONTEXT)
-    assert all(share == pytest.approx(0.95, abs=1e-3) for share in gone.values())
-    assert (coarse[..., LIVER] > 0).all()
+    unknown = Atlas(shares)
+    place = unknown.of_scan(coarse, blocks, volume, ORGANS)
+    assert place is not None
+    gone = unknown.rule_out(coarse, place, blocks, volume, ORGANS, CONTEXT)
+    assert gone[LIVER] == 0
+    only_liver = np.where(np.isin(labels, ORGANS), LIVER, labels)
+    assert unknown.of_scan(answers(only_liver, blocks), blocks, volume, ORGANS) is None
 
 
-def test_an_organ_that_few_of_the_scans_show_is_at_home_where_they_do(atlas: Atlas) -> None:
-    """As one that one scan in a hundred labels."""
-    shares = atlas.shares.copy()
-    shares[0] = np.rint(shares[0] / 10)
-    labels = person((1.0, 1.0, 1.0), (5, 5, 5), seed=79)
-    blocks, volume = scan_of(labels)
-    coarse = answers(labels, blocks)
-    seldom = Atlas(shares)
-    place = seldom.of_scan(coarse, blocks, volume, ORGANS)
-    assert place is not None
-    gone = seldom.rule_out(coarse, place, blocks, volume, ORGANS, CONTEXT)
-    assert gone[LIVER] < 0.03
+def test_arrays_that_do_not_fit_are_refused(atlas: Atlas) -> None:
+    points, rows = np.zeros((5, 3), np.float32), np.zeros(5, np.int64)
+    ones = np.ones(5, np.float32)
+    for wrong in ((points[:, :2], rows, ones), (points, rows[:4], ones), (points, rows, ones[:4])):
+        with pytest.raises(ValueError, match="do not fit"):
+            atlas.place(*wrong)
 
 
 def test_a_scan_without_organs_is_nowhere(atlas: Atlas) -> None:
@@ -257,9 +329,46 @@ def test_a_lattice_takes_the_nearest_voxels() -> None:
         )
         label = int(labels[voxel])
         assert found.labels[at] == (rows[label] if label < len(rows) else 0)
-    points, of = found.points
-    assert (of >= 0).all()
-    assert len(points) == (found.labels > 0).sum()
+
+
+def test_scans_are_counted_where_they_lie() -> None:
+    """A twin that asks each voxel of the sums which voxel of which scan lies there."""
+    rng = np.random.default_rng(3)
+    placed = []
+    for shift in ((0.0, 0.0, 0.0), (2.4, -3.3, 1.2), (-4.0, 1.0, 0.0)):
+        labels = rng.integers(0, 4, (6, 7, 5)).astype(np.uint16)
+        scale = tuple(rng.uniform(0.11, 0.14, 3).tolist())
+        placed.append((Lattice(labels), Place(scale, shift)))
+    sums = atlaslearning._Sums.of(placed, 2)
+    corners = [atlaslearning._corners(*one, 2) for one in placed]
+    low = np.min([c[0] for c in corners if c is not None], axis=0)
+    organs, body, covered = (np.zeros_like(x) for x in (sums.organs, sums.body, sums.covered))
+    for at in np.ndindex(covered.shape):
+        for x, place in placed:
+            mm = (np.array(at) + low - place.shift) / place.scale
+            voxel = np.rint(mm / VOXEL_MM).astype(int)
+            if (voxel < 0).any() or (voxel >= x.labels.shape).any():
+                continue
+            label = int(x.labels[tuple(voxel)])
+            covered[at] += 1
+            body[at] += label > 0
+            if label in (1, 2):
+                organs[(label - 1, *at)] += 1
+    for found, expected in ((sums.organs, organs), (sums.body, body), (sums.covered, covered)):
+        np.testing.assert_array_equal(found, expected)
+    n_of_2 = sum(int((x.labels == 2).sum()) for x, _ in placed)
+    assert sums.organs[1].sum() == pytest.approx(n_of_2, rel=0.5)
+
+
+def test_a_crowd_of_organs_and_a_long_body_stay_within_an_atlas() -> None:
+    labels = np.zeros((300, 40, 40), np.uint16)
+    labels[:, 5:35, 5:35] = 300
+    for n in range(1, 250):
+        labels[n : n + 3, 10:13, 10:13] = n
+    with Workers(2) as workers:
+        found = learned_atlas([Lattice(labels)], 250, workers)
+    assert found is not None
+    assert (found.shares.reshape(250, -1).max(axis=1) > 0).sum() == 249
 
 
 # --- in a file ------------------------------------------------------------------------------------
@@ -280,6 +389,8 @@ def test_it_comes_back_from_its_boxes(seed: int) -> None:
         ([2, 3, 4], [[[0, 1]] * 3] * 2),
         ([0, 3, 4, 5], []),
         ([2, 3, 4, 1 << 40], [[[0, 1]] * 3] * 2),
+        ([2, MOST_SIDE + 1, 1, 1], [[[0, 1]] * 3] * 2),
+        ([1 << 20, 20, 20, 20], [[[0, 1]] * 3] * (1 << 20)),
         ([1, 3, 4, 5], [[[0, 1]] * 3] * 2),
         ([2, 3, 4, 5], [[[0, 4], [0, 1], [0, 1]], [[0, 1]] * 3]),
         ([2, 3, 4, 5], [[[-1, 1], [0, 1], [0, 1]], [[0, 1]] * 3]),

@@ -36,7 +36,7 @@ COLUMNS = [
         *("blocks", "sampling", "augmentation", "paintedcopies"),
         *("diseasedscan", "lesions", "metal", "pathology"),
     ],
-    ["probability", "adaptation", "atlas"],
+    ["probability", "adaptation", "atlas", "atlaslearning"],
     [
         "models.architecture",
         "models.block_augmentation",

@@ -20,7 +20,8 @@ from test_volume import ORIENTATIONS
 
 from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
-from organfast.atlas import Atlas, Lattice, learned_atlas, rows_of
+from organfast.atlas import Atlas
+from organfast.atlaslearning import Lattice, learned_atlas, rows_of
 from organfast.blocks import Block, gather_blocks
 from organfast.errors import InputError
 from organfast.grid import BlockGrid, ModelGrid, to_model_grid
@@ -668,9 +669,9 @@ def test_organs_are_ruled_out_where_the_atlas_has_none(
     liver = classes.organs.index(classes.index("liver"))
     volume = unseen.scan
     rows = rows_of(classes.organs, len(classes))
-    own = Lattice.of(volume.orientation.working(unseen.labels), volume.working_spacing_mm, rows)
+    himself = Lattice.of(volume.orientation.working(unseen.labels), volume.working_spacing_mm, rows)
     with Workers(1) as workers:
-        atlas = learned_atlas([own], len(classes.organs), workers)
+        atlas = learned_atlas([himself], len(classes.organs), workers)
     assert atlas is not None
     shares = atlas.shares.copy()
     shares[liver] = shares[classes.organs.index(classes.index("kidney_left"))]
@@ -679,7 +680,7 @@ def test_organs_are_ruled_out_where_the_atlas_has_none(
     for name, found in (("own", atlas), ("moved", Atlas(shares))):
         laid = segment(volume, replace(model, adapt=Adapt(), atlas=found))
         told = json.loads(json.dumps(laid.record))["adapted"]["in_atlas"]
-        assert set(told) == {"stretch", "agreement", "ruled_out"}
+        assert set(told) == {"stretch", "log_p", "ruled_out"}
         assert set(told["ruled_out"]) == {classes.names[n] for n in classes.organs}
         dice[name] = dice_per_class(unseen.labels, laid.labels, 23)
         assert (told["ruled_out"]["liver"] > 0.5) == (name == "moved")
@@ -687,6 +688,16 @@ def test_organs_are_ruled_out_where_the_atlas_has_none(
     organs = list(classes.organs)
     assert np.nanmean(dice["own"][organs]) > np.nanmean(plain[organs]) - 0.02
     assert dice["moved"][classes.index("liver")] < 0.3 < plain[classes.index("liver")]
+    settings = Settings(probabilities=("liver",))
+    own = replace(model, adapt=Adapt(), atlas=atlas)
+    one = segment(volume, own, settings)
+    assert_same(segment(volume, own, settings, threads=3), one)
+    again = segment(volume, own)
+    np.testing.assert_array_equal(again.probability("liver"), one.probability("liver"))
+    finer = segment(volume, own, Settings(stride=(2, 2, 1)))
+    assert finer.record["adapted"]["in_atlas"]["stretch"] == pytest.approx(
+        one.record["adapted"]["in_atlas"]["stretch"], abs=0.1
+    )
     without = segment(volume, replace(model, adapt=Adapt(atlas=False), atlas=Atlas(shares)))
     np.testing.assert_array_equal(without.labels, adapted.labels)
 

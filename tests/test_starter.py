@@ -17,9 +17,11 @@ from organfast.metrics import dice_per_class
 from organfast.models.classifier import load_model
 from organfast.nifti import read_scan
 from organfast.pipeline import segment
+from organfast.volume import Volume
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import starter_scores  # from tools/, which is no package
+from starter_strains import strained
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NOT_LEARNED = {"body_envelope", "rectus_abdominis_right", "rectus_abdominis_left"}
@@ -111,3 +113,31 @@ def test_what_it_says_of_its_sureness_is_what_was_measured() -> None:
     results = json.loads(starter_scores.RESULTS.read_text("utf-8"))
     rows = [pair for row in results.values() for pair in row.get("certainties", ())]
     assert load_model("starter").training["sure"] == starter_scores.sure_from(rows)
+
+
+def test_a_strained_scan_keeps_its_organs_under_their_labels_and_on_their_sides() -> None:
+    """An organ of 300 HU at the patient's right, in front, in a scan that is stored L, P, S."""
+    labels = np.zeros((120, 110, 90), np.uint8)
+    labels[20:40, 20:36, 10:80] = 7  # first stored axis to the left, second to the back
+    hu = np.where(labels == 7, 300, -50).astype(np.int16)
+    affine = np.array([[-3.0, 0, 0, 0], [0, -3, 0, 0], [0, 0, 2.5, 0], [0, 0, 0, 1]])
+    found = strained(Volume(hu, affine), labels)
+    assert len(found) == 8
+    assert len(found["slabs of 10 cm"]) == 2
+    for strain, scans in found.items():
+        for volume, of in scans:
+            assert of.shape == volume.hu.shape, strain
+            inside, outside = volume.hu[of == 7], volume.hu[of == 0]
+            assert np.median(inside) > 250, strain
+            assert np.median(outside) < 0, strain
+            mm = np.argwhere(of == 7) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+            middle = (np.array(of.shape) - 1) / 2 @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+            right, front = (mm.mean(axis=0) - middle)[:2]
+            assert right > 20, strain
+            assert front > 20, strain
+    ml = {
+        strain: (scans[0][1] == 7).sum() * scans[0][0].voxel_ml for strain, scans in found.items()
+    }
+    assert ml["a body of .85 the size"] == pytest.approx(0.85**3 * ml["as it is"])
+    for strain in ("slices of 5 to 6 mm", "a sharp kernel, and noise", "turned by 12°"):
+        assert ml[strain] == pytest.approx(ml["as it is"], rel=0.03), strain

@@ -10,30 +10,31 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def agreement(logs, beyond, points, labels, weights, scale, shift):
-    """The sum over points of their weight times the log probability of their label.
+def log_likelihood(shares, logs, beyond, points, rows, weights, scale, shift):
+    """The sum over points of their weight times the log probability of their row.
 
     A point is looked up in the nearest voxel of the atlas; what lies beyond the atlas is told by
-    ``beyond``. A label that is no row of the table counts for nothing.
+    ``beyond``. A row that the atlas does not have counts for nothing.
 
-    logs : (K, I, J, n_labels) float32
-    beyond : (n_labels,) float32
+    shares : (n_rows, K, I, J) uint8
+    logs : (256,) float32, the log probability of each share
+    beyond : (n_rows,) float32
     points : (n, 3) float32, along (k, i, j)
-    labels : (n,) int64
+    rows : (n,) int64
     weights : (n,) float32
     scale, shift : (3,) float64; ``scale * point + shift`` is the atlas voxel of a point
     """
-    n_k, n_i, n_j, n_labels = logs.shape
+    n_rows, n_k, n_i, n_j = shares.shape
     total = 0.0
     for n in range(points.shape[0]):
-        label = labels[n]
-        if label < 0 or label >= n_labels:
+        row = rows[n]
+        if row < 0 or row >= n_rows:
             continue
         k = np.rint(points[n, 0] * scale[0] + shift[0])
         i = np.rint(points[n, 1] * scale[1] + shift[1])
         j = np.rint(points[n, 2] * scale[2] + shift[2])
         if 0 <= k < n_k and 0 <= i < n_i and 0 <= j < n_j:
-            total += weights[n] * logs[int(k), int(i), int(j), label]
+            total += weights[n] * logs[shares[row, int(k), int(i), int(j)]]
         else:
-            total += weights[n] * beyond[label]
+            total += weights[n] * beyond[row]
     return total

@@ -188,7 +188,10 @@ class Model:
         if self.network is not None:
             header["network"] = self.network
         if self.adapt is not None:
-            header["adapt"] = asdict(self.adapt)
+            adapt = asdict(self.adapt)
+            if self.atlas is None and self.adapt.atlas:
+                del adapt["atlas"]  # as before there was any: the same digest
+            header["adapt"] = adapt
         if self.atlas is not None:
             header["atlas"], _ = self.atlas.packed
         try:
