@@ -121,7 +121,7 @@ def test_a_strained_scan_keeps_its_organs_under_their_labels_and_on_their_sides(
     labels[20:40, 20:36, 10:80] = 7  # first stored axis to the left, second to the back
     hu = np.where(labels == 7, 300, -50).astype(np.int16)
     affine = np.array([[-3.0, 0, 0, 0], [0, -3, 0, 0], [0, 0, 2.5, 0], [0, 0, 0, 1]])
-    found = strained(Volume(hu, affine), labels)
+    found = {strain: list(scans) for strain, scans in strained(Volume(hu, affine), labels)}
     assert len(found) == 8
     assert len(found["slabs of 10 cm"]) == 2
     for strain, scans in found.items():
@@ -139,5 +139,5 @@ def test_a_strained_scan_keeps_its_organs_under_their_labels_and_on_their_sides(
         strain: (scans[0][1] == 7).sum() * scans[0][0].voxel_ml for strain, scans in found.items()
     }
     assert ml["a body of .85 the size"] == pytest.approx(0.85**3 * ml["as it is"])
-    for strain in ("slices of 5 to 6 mm", "a sharp kernel, and noise", "turned by 12°"):
+    for strain in ("slices of about 5 mm", "a sharp kernel, and noise", "turned by 12°"):
         assert ml[strain] == pytest.approx(ml["as it is"], rel=0.03), strain

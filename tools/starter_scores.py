@@ -75,28 +75,43 @@ def each_stage(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str
 
 def _mean_of(
     model: Model, dataset: Path, patients: Sequence[str], settings: Settings
-) -> dict[str, float]:
-    """Of the six large organs and of all: means over patients, then organs; and the share asked."""
-    answers = list(_segmented(model, _scans(model, dataset, patients), settings))
-    shares = [result.record["positions"]["share_asked"] for result, _ in answers]
-    return {**_mean_dice(model, answers), "share_asked": round(float(np.mean(shares)), 3)}
+) -> dict[str, Any]:
+    return _summed_up(model, _segmented(model, _scans(model, dataset, patients), settings))
 
 
-def _mean_dice(model: Model, answers: Sequence[Answer]) -> dict[str, float]:
-    by_patient = np.array([_dice_of(*answer, len(model.classes)) for answer in answers])
-    columns = [(n, by_patient[:, n]) for n in model.classes.organs]
+def _summed_up(model: Model, answers: Iterable[Answer]) -> dict[str, Any]:
+    """Dice of the six large organs and of all: means over scans, then organs; and what was asked.
+
+    ``presence`` counts organs that are there and of those the missed ones, organs that are not
+    there and of those the reported ones. There is what has as many ml as are needed for a report.
+    """
+    by_scan, shares = [], []
+    presence = dict.fromkeys(("there", "missed", "not_there", "reported"), 0)
+    for result, truth in answers:
+        by_scan.append(_dice_of(result, truth, len(model.classes)))
+        shares.append(result.record["positions"]["share_asked"])
+        ml = np.bincount(truth.ravel(), minlength=len(model.classes)) * result.scan.volume.voxel_ml
+        for organ in result.organs.values():
+            if ml[organ.label] >= Presence().min_ml:
+                presence["there"] += 1
+                presence["missed"] += not organ.present
+            elif not ml[organ.label]:
+                presence["not_there"] += 1
+                presence["reported"] += organ.present
+    columns = [(n, np.array(by_scan)[:, n]) for n in model.classes.organs] if by_scan else []
     scored = [(n, column) for n, column in columns if not np.isnan(column).all()]
-    return means({model.classes.names[n]: float(np.nanmean(column)) for n, column in scored})
+    dice = {model.classes.names[n]: float(np.nanmean(column)) for n, column in scored}
+    asked = round(float(np.mean(shares)), 3) if shares else None
+    return {**means(dice), "share_asked": asked, "presence": presence}
 
 
 def each_strain(model: Model, dataset: Path, patient: str) -> dict[str, Any]:
     """Mean Dice, organs missed and reported, where a patient was scanned in other ways."""
     ((volume, truth),) = _scans(model, dataset, [patient])
-    rows = {}
-    for strain, scans in strained(volume, truth).items():
-        answers = list(_segmented(model, scans, Settings()))
-        rows[strain] = {**_mean_dice(model, answers), "presence": _presence(answers)}
-    return rows
+    return {
+        strain: _summed_up(model, _segmented(model, scans, Settings()))
+        for strain, scans in strained(volume, truth)
+    }
 
 
 def by_organ(found: Evaluation, score: str) -> dict[str, float]:
@@ -110,45 +125,33 @@ def by_organ(found: Evaluation, score: str) -> dict[str, float]:
     }
 
 
-def means(dice: Mapping[str, float]) -> dict[str, float]:
-    """Mean Dice of the six large organs, and of all."""
+def means(dice: Mapping[str, float]) -> dict[str, float | None]:
+    """Mean Dice of the six large organs, and of all; None where none of them is in view."""
     six = [dice[organ] for organ in SIX if organ in dice]
-    return {"six": round(float(np.mean(six)), 3), "all": round(float(np.mean([*dice.values()])), 3)}
+    return {
+        "six": round(float(np.mean(six)), 3) if six else None,
+        "all": round(float(np.mean([*dice.values()])), 3) if dice else None,
+    }
 
 
 def reports(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
     """What is said of organs as a whole.
 
     ``certainties`` are (mean probability, Dice) of each organ that is reported of each patient; for
-    ``presence`` see there.
+    ``presence`` see ``_summed_up``.
     """
     certainties: list[list[float]] = []
-    answers = list(_segmented(model, _scans(model, dataset, patients), Settings()))
-    for result, truth in answers:
-        dice = _dice_of(result, truth, len(model.classes))
-        for organ in result.organs.values():
-            if organ.present and organ.confidence is not None:
-                certainties.append([round(organ.confidence, 3), round(float(dice[organ.label]), 3)])
-    return {"certainties": certainties, "presence": _presence(answers)}
 
+    def noted() -> Iterator[Answer]:
+        for result, truth in _segmented(model, _scans(model, dataset, patients), Settings()):
+            dice = _dice_of(result, truth, len(model.classes))
+            for organ in result.organs.values():
+                if organ.present and organ.confidence is not None:
+                    pair = round(organ.confidence, 3), round(float(dice[organ.label]), 3)
+                    certainties.append([*pair])
+            yield result, truth
 
-def _presence(answers: Iterable[Answer]) -> dict[str, int]:
-    """Organs that are there and of those the missed ones; not there, and of those the reported.
-
-    There is what has as many ml as are needed for a report.
-    """
-    counts = dict.fromkeys(("there", "missed", "not_there", "reported"), 0)
-    for result, truth in answers:
-        n = len(result.classes)
-        ml = np.bincount(truth.ravel(), minlength=n) * result.scan.volume.voxel_ml
-        for organ in result.organs.values():
-            if ml[organ.label] >= Presence().min_ml:
-                counts["there"] += 1
-                counts["missed"] += not organ.present
-            elif not ml[organ.label]:
-                counts["not_there"] += 1
-                counts["reported"] += organ.present
-    return counts
+    return {"presence": _summed_up(model, noted())["presence"], "certainties": certainties}
 
 
 def _scans(
