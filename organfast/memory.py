@@ -29,6 +29,8 @@ _SUMS = 2
 _ADAPTED = 80
 # To weigh organs up: of one at a time, its probabilities, their sum over all, parts and the like.
 _WEIGHING = 11
+# Of an atlas: itself, with the share of no organ beside it, and what the file holds of it.
+_ATLAS = 3
 # A network keeps maps of its own beside the levels.
 _NETWORK = 8
 
@@ -43,6 +45,7 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
         model's grid     int16 HU; levels of as many slices as the pattern reaches, thrice
         positions        float32 for each map that is kept; adapted, for each class, and some slices
                          of each class on the model's grid
+        atlas            three bytes for each of its voxels: as it is, for the fit, as in the file
 
     Parameters
     ----------
@@ -79,11 +82,13 @@ def scan_bytes(path: str | PathLike[str], model: Model, settings: Settings) -> i
         slices = n_cols * n_rows * min(n_slices, _ADAPTED)
         of_maps = n_maps * n_grid
         adapted = len(model.classes) * (n_positions + slices) + _WEIGHING * n_positions
+    atlas = 0 if model.atlas is None else _ATLAS * model.atlas.shares.size
     return (
         n * (voxel + label + bool(settings.confidence) + bool(n_maps))
         + n_grid * (0 if model.grid.spacing_mm is None else 2)
         + levels
         + 4 * (of_maps + adapted)
+        + atlas
     )
 
 
