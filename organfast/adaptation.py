@@ -73,7 +73,7 @@ class Adapt:
         expected Dice of what they win is greatest. What is then told as probability is that of an
         organ that counts for more.
     atlas : bool
-        Organs are ruled out where no scan of those that were learned from has them; see ``Atlas``.
+        Organs are ruled out where hardly any scan that was learned from has them, see ``Atlas``.
         Says nothing of a model without an atlas.
 
     Raises

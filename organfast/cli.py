@@ -457,8 +457,8 @@ def segment(
     atlas: Annotated[
         bool,
         typer.Option(
-            help="When adapting, rule organs out where no scan that was learned from has them; "
-            "not where an organ was transplanted or mirrored."
+            help="When adapting, rule organs out where hardly any scan that was learned from has "
+            "them; leave it where an organ was transplanted or lies on the other side."
         ),
     ] = True,
     labels_only: Annotated[

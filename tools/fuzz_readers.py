@@ -43,7 +43,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from organfast.adaptation import Adapt
 from organfast.anatomy import ClassTable
+from organfast.atlas import Atlas
 from organfast.blocks import Block, Context
 from organfast.calibration import Temperature
 from organfast.errors import InputError
@@ -181,7 +183,7 @@ def made_nifti(draws: Draws) -> bytes:
 
 @cache
 def model_seeds() -> tuple[bytes, ...]:
-    """Forests of blocks and of context, and a network."""
+    """Forests of blocks and of context, and a network with an atlas."""
     table = ClassTable.default().keep(["liver", "spleen"])
     n, rng = len(table), np.random.default_rng(0)
     tree = np.zeros(7, NODE)
@@ -201,7 +203,9 @@ def model_seeds() -> tuple[bytes, ...]:
         for name, shape in described.parameter_shapes(n).items()
     }
     cnn = Cnn(described, block, (-160.0, 240.0), params, np.arange(n), n)
-    seeds.append(Model(cnn, table, block, grid))
+    shares = np.zeros((len(table.organs), 9, 6, 7), np.uint8)
+    shares[0, 2:5, 1:3, 1:], shares[1, 6:, 3:, 2:5] = 200, 120
+    seeds.append(Model(cnn, table, block, grid, adapt=Adapt(), atlas=Atlas(shares)))
     contents = []
     with tempfile.TemporaryDirectory() as folder:
         for model in seeds:
@@ -320,11 +324,20 @@ def read_model(path: Path) -> bool:
         return False
     if isinstance(model.classifier, Forest):
         ask(model.classifier)
+    if model.atlas is not None:
+        lay(model.atlas)
     buffer = path.with_suffix(".again")
     save_model(model, buffer)
     if load_model(buffer).digest != model.digest:
         raise AssertionError("a model that was read is written as another one")
     return True
+
+
+def lay(atlas: Atlas) -> None:
+    """A few points over an atlas."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(atlas.shares) + 1, 20)
+    atlas.place(rng.uniform(0, 80, (20, 3)).astype(np.float32), rows, np.ones(20, np.float32))
 
 
 def ask(forest: Forest) -> None:
