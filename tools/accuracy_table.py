@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,21 +201,23 @@ def _stage_table(rows: Mapping[str, Any]) -> str:
 
 
 def _strain_table(rows: Mapping[str, Any]) -> str:
-    """A line per way to scan a patient: Dice, organs missed and organs reported."""
+    """A line per way to scan a patient: Dice, organs missed and organs reported; then all ways."""
     lines = _heads("the same patient", rows)
-    for strain in next(iter(rows.values()))["strains"]:
-        found = [row["strains"][strain] for row in rows.values()]
-        cells = [
-            ", ".join(
-                [
-                    _six_and_all(one),
-                    *(_of_all(one["presence"], *counted) for counted in _PRESENCE.values()),
-                ]
-            )
-            for one in found
-        ]
+    for strain in next(iter(rows.values()), {"strains": {}})["strains"]:
+        cells = [_strain_cell([row["strains"][strain]]) for row in rows.values()]
         lines.append(f"| {strain} | {' | '.join(cells)} |")
+    for told, key in (("", "strains"), (", without the atlas", "strains_without_atlas")):
+        cells = [_strain_cell([*row[key].values()]) for row in rows.values()]
+        lines.append(f"| mean, and sum, of all{told} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _strain_cell(found: Sequence[Mapping[str, Any]]) -> str:
+    """Mean Dice of the strains, and how many organs were missed and reported in all of them."""
+    dice = {n: sum(one[n] for one in found) / len(found) for n in ("six", "all")}
+    counts = {n: sum(one["presence"][n] for one in found) for n in found[0]["presence"]}
+    told = [_of_all(counts, *counted) for counted in _PRESENCE.values()]
+    return ", ".join([_six_and_all(dice), *told])
 
 
 def _curve_table(rows: Mapping[str, Any]) -> str:

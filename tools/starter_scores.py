@@ -30,13 +30,14 @@ from organfast.volume import Volume
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
+WITHOUT_ATLAS = Adapt(atlas=False)
 STEPS: dict[str, Adapt | bool] = {
     "the classifier alone": False,
     "+ the atlas": Adapt(own_hu=False, radius=0, expected_dice=False),
     "+ HU of this scan's organs": Adapt(radius=0, expected_dice=False),
     "+ guided filter": Adapt(expected_dice=False),
     "+ doubtful organs weighed up": True,
-    "all but the atlas": Adapt(atlas=False),
+    "all but the atlas": WITHOUT_ATLAS,
 }
 STAGES = {
     "every 6 mm": Settings(),
@@ -105,11 +106,13 @@ def _summed_up(model: Model, answers: Iterable[Answer]) -> dict[str, Any]:
     return {**means(dice), "share_asked": asked, "presence": presence}
 
 
-def each_strain(model: Model, dataset: Path, patient: str) -> dict[str, Any]:
+def each_strain(
+    model: Model, dataset: Path, patient: str, settings: Settings | None = None
+) -> dict[str, Any]:
     """Mean Dice, organs missed and reported, where a patient was scanned in other ways."""
     ((volume, truth),) = _scans(model, dataset, [patient])
     return {
-        strain: _summed_up(model, _segmented(model, scans, Settings()))
+        strain: _summed_up(model, _segmented(model, scans, settings or Settings()))
         for strain, scans in strained(volume, truth)
     }
 

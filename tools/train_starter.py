@@ -33,6 +33,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 from starter_scores import (
+    WITHOUT_ATLAS,
     each_stage,
     each_step,
     each_strain,
@@ -55,6 +56,7 @@ from organfast.nifti import read_scan
 from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
 from organfast.painting import LabelMap
 from organfast.pathology import diseased
+from organfast.pipeline import Settings
 from organfast.sampling import Split
 from organfast.volume import Volume
 
@@ -217,6 +219,8 @@ def judge(model: Model, given: argparse.Namespace) -> None:
         if not special and kind == "scan":
             row["stages"] = each_stage(model, folder, patients)
             row["strains"] = each_strain(model, folder, given.without)
+            without = Settings(adapt=WITHOUT_ATLAS)
+            row["strains_without_atlas"] = each_strain(model, folder, given.without, without)
         if not special and kind == "painted":
             row |= reports(model, folder, patients)
     for key, row in rows.items():
