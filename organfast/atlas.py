@@ -149,7 +149,7 @@ class Atlas:
         Raises
         ------
         ValueError
-            The arrays do not fit each other.
+            The arrays do not fit each other, or a row is not of the atlas.
         """
         n = len(points)
         if points.shape != (n, 3) or rows.shape != (n,) or weights.shape != (n,):
@@ -157,6 +157,8 @@ class Atlas:
                 f"points of shape {points.shape}, rows of shape {rows.shape} and weights of shape "
                 f"{weights.shape} do not fit; give (n, 3), (n,) and (n,)"
             )
+        if n and not (rows.min() >= 0 and rows.max() <= len(self.shares)):
+            raise ValueError(f"rows are {rows.min()} to {rows.max()}; give 0 to {len(self.shares)}")
         chosen = thinned(n)
         fine = _Fit.of(self, points[chosen], rows[chosen], weights[chosen])
         if fine is None:
@@ -246,22 +248,28 @@ class Atlas:
         dict of int to float
             Class -> share of its probability that went, where it was the most probable.
         """
-        gone, best = {}, coarse.argmax(axis=-1)
         voxels = [
             np.rint(centres * mm * scale + shift).astype(np.intp)
             for centres, mm, scale, shift in zip(
                 block_grid.centres, grid_volume.spacing_mm, place.scale, place.shift, strict=True
             )
         ]
-        for organ, label in zip(self.shares, organs, strict=True):
-            p = coarse[..., label]
-            kept = p * _at_home(organ, voxels)
-            coarse[..., rest] += p - kept
-            won = best == label
-            total = float(p[won].sum(dtype=np.float64))
-            gone[label] = 1 - float(kept[won].sum(dtype=np.float64)) / total if total else 0.0
-            coarse[..., label] = kept
-        return gone
+        homes = [_Home.of(organ, voxels) for organ in self.shares]
+        labels, n_organs = list(organs), len(homes)
+        row_of_class = np.full(coarse.shape[-1], -1)
+        row_of_class[labels] = np.arange(n_organs)
+        before, after = np.zeros((2, n_organs))
+        for n, slab in enumerate(coarse):  # one slice at a time stays in the cache
+            p = slab[..., labels]
+            kept = p * np.stack([home.slice(n) for home in homes], axis=-1)
+            row = row_of_class[slab.argmax(axis=-1)]
+            won = (*np.nonzero(row >= 0), row[row >= 0])
+            before += np.bincount(won[-1], p[won], n_organs)
+            after += np.bincount(won[-1], kept[won], n_organs)
+            slab[..., labels] = kept
+            slab[..., rest] += (p - kept).sum(axis=-1)
+        lost = 1 - np.divide(after, before, out=np.ones(n_organs), where=before > 0)
+        return dict(zip(labels, lost.tolist(), strict=True))
 
     @cached_property
     def _with_none(self) -> NDArray[np.uint8]:
@@ -346,34 +354,56 @@ def _box(occupied: NDArray[np.uint8]) -> Box:
     return (slice(0, 0),) * 3 if box is None else box
 
 
-def _at_home(organ: NDArray[np.uint8], voxels: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
-    """1 where an organ may be, with some room around it, and less elsewhere.
+@dataclass(frozen=True, eq=False)
+class _Home:
+    """Where an organ may be, at positions of a scan: 1, and less where it is not at home.
 
     An organ that no scan has shown may be anywhere.
 
-    organ : (K, I, J) uint8, shares
-    voxels : the atlas voxels, along (k, i, j), that are asked for
+    values : (k, i, j) float32, a box of the atlas
+    local : along each axis the voxel of that box of each position; what is not in it is beyond
+    beyond : what holds there
     """
-    from scipy.ndimage import gaussian_filter, maximum_filter
 
-    shape = tuple(len(along) for along in voxels)
-    k, i, j = _box(organ)
-    if k.start == k.stop:
-        return np.ones(shape, np.float32)
-    margin = _ROOM // 2 + math.ceil(4 * _BLUR)
-    padded = np.pad(np.square(organ[k, i, j] / np.float32(255)), margin)
-    room = gaussian_filter(maximum_filter(padded, _ROOM), _BLUR, mode="constant")
-    full = min(_FULL_SHARE, _FULL_PART * float(room.max()))
-    home = np.clip(room / np.float32(full), _HARDLY, 1)
-    found = np.full(shape, _HARDLY, np.float32)
-    near, of_home = [], []
-    for along, side, n in zip(voxels, (k, i, j), home.shape, strict=True):
-        local = along - (side.start - margin)
-        is_near = (local >= 0) & (local < n)
-        near.append(np.flatnonzero(is_near))
-        of_home.append(local[is_near])
-    found[np.ix_(*near)] = home[np.ix_(*of_home)]
-    return found
+    values: NDArray[np.float32]
+    local: tuple[NDArray[np.intp], ...]
+    beyond: float
+
+    @staticmethod
+    def of(organ: NDArray[np.uint8], voxels: Sequence[NDArray[np.intp]]) -> _Home:
+        """Of an organ's (K, I, J) shares, at atlas voxels along (k, i, j)."""
+        from scipy.ndimage import gaussian_filter, maximum_filter
+
+        k, i, j = _box(organ)
+        if k.start == k.stop:
+            return _Home(np.zeros((0, 0, 0), np.float32), tuple(voxels), 1.0)
+        margin = _ROOM // 2 + math.ceil(4 * _BLUR)
+        padded = np.pad(np.square(organ[k, i, j] / np.float32(255)), margin)
+        room = gaussian_filter(maximum_filter(padded, _ROOM), _BLUR, mode="constant")
+        full = min(_FULL_SHARE, _FULL_PART * float(room.max()))
+        values = np.clip(room / np.float32(full), _HARDLY, 1)
+        local = tuple(
+            along - (side.start - margin) for along, side in zip(voxels, (k, i, j), strict=True)
+        )
+        return _Home(values, local, _HARDLY)
+
+    @cached_property
+    def _near(self) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Along i and j, the positions in the box, and their voxels of it."""
+        near = []
+        for along, n in zip(self.local[1:], self.values.shape[1:], strict=True):
+            is_near = (along >= 0) & (along < n)
+            near.append((np.flatnonzero(is_near), along[is_near]))
+        return near
+
+    def slice(self, n: int) -> NDArray[np.float32]:
+        """(n_i, n_j) at a slice of positions."""
+        found = np.full([len(along) for along in self.local[1:]], self.beyond, np.float32)
+        k = self.local[0][n]
+        if 0 <= k < len(self.values):
+            (i, of_i), (j, of_j) = self._near
+            found[np.ix_(i, j)] = self.values[k][np.ix_(of_i, of_j)]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,7 +433,7 @@ class _Fit:
     ) -> _Fit | None:
         """None where no point shows an organ that the atlas has."""
         is_known = np.append(np.isfinite(atlas._middles[:, 0]), False)
-        shown = is_known[np.clip(rows, 0, len(atlas.shares))] & (weights > 0)
+        shown = is_known[rows] & (weights > 0)
         if not shown.any():
             return None
         return _Fit(
@@ -421,6 +451,10 @@ class _Fit:
         return scale, how[3:] / VOXEL_MM - scale * self.middle
 
     @cached_property
+    def _weight(self) -> float:
+        return float(self.weights.sum())
+
+    @cached_property
     def _of_rows(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Log probabilities of the 256 shares, and of each row beyond the atlas."""
         logs = np.log(np.square(np.arange(256) / 255) + _LEAST_P)
@@ -430,13 +464,16 @@ class _Fit:
 
     def score(self, how: NDArray[np.float64]) -> float:
         """Mean log probability of what is shown, less what the stretch costs."""
-        from organfast.kernels.atlas import log_likelihood
-
         logs, beyond = self._of_rows
-        seen = self.points, self.rows, self.weights
-        total = log_likelihood(self.atlas._with_none, logs, beyond, *seen, *self.laid(how))
-        cost = _STIFFNESS * float(np.square(how[:3]).sum()) / _STRETCH**2
-        return float(total) / float(self.weights.sum()) - cost
+        shares = self.atlas._with_none
+        scale, shift = self.laid(how)
+        at = np.rint(self.points * scale + shift)
+        is_within = ((at >= 0) & (at < shares.shape[1:])).all(axis=1)
+        k, i, j = at[is_within].astype(np.intp).T
+        found = beyond[self.rows]
+        found[is_within] = logs[shares[self.rows[is_within], k, i, j]]
+        mean = float((found * self.weights).sum(dtype=np.float64)) / self._weight
+        return mean - _STIFFNESS * float(np.square(how[:3]).sum()) / _STRETCH**2
 
     def starts(self) -> Iterator[NDArray[np.float64]]:
         """Where the organs usually lie, and at all heights of the atlas above and below."""

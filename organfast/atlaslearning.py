@@ -76,7 +76,7 @@ class Lattice:
         inside = np.flatnonzero(self.labels)
         at = np.unravel_index(inside[thinned(len(inside))], self.labels.shape)
         points = (np.stack(at, axis=1) * VOXEL_MM).astype(np.float32)
-        rows = self.labels[at].astype(np.int64) - 1
+        rows = np.minimum(self.labels[at].astype(np.int64) - 1, len(atlas.shares))
         return atlas.place(points, rows, np.ones(len(points), np.float32))
 
 

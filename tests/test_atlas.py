@@ -13,10 +13,9 @@ from scipy import ndimage
 
 from organfast import atlaslearning
 from organfast.anatomy import ClassTable
-from organfast.atlas import MOST_SIDE, VOXEL_MM, Atlas, Place
+from organfast.atlas import MOST_SIDE, VOXEL_MM, Atlas, Place, _Fit
 from organfast.atlaslearning import Lattice, learned_atlas, rows_of
 from organfast.grid import BlockGrid, GridVolume
-from organfast.kernels.atlas import log_likelihood
 from organfast.workers import Workers
 
 CLASSES = ClassTable.from_names(
@@ -92,28 +91,31 @@ def scan_of(labels: NDArray[np.uint8]) -> tuple[BlockGrid, GridVolume]:
     return BlockGrid(volume.shape, (2, 2, 2)), volume
 
 
-# --- the kernel -----------------------------------------------------------------------------------
+# --- how well it fits ----------------------------------------------------------------------------
 
 
-def test_the_likelihood_is_that_of_one_point_after_the_other() -> None:
+def test_the_score_is_that_of_one_point_after_the_other() -> None:
     rng = np.random.default_rng(0)
-    shares = rng.integers(0, 256, (4, 5, 6, 7), np.uint8)
-    logs, beyond = (rng.normal(size=n).astype(np.float32) for n in (256, 4))
+    shares = rng.integers(0, 128, (3, 7, 8, 6), np.uint8)
     points = rng.uniform(-10, 60, (500, 3)).astype(np.float32)
-    points[:6] = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9])[:, None]
-    rows, weights = rng.integers(-1, 6, 500), rng.random(500).astype(np.float32)
-    scale, shift = np.array([0.1, 0.09, 0.11]), np.array([0.3, -1.0, 2.0])
-    expected, n_inside = 0.0, 0
+    points[:5] = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30])[:, None]
+    rows, weights = rng.integers(0, 4, 500), rng.random(500).astype(np.float32)
+    middle, how = np.array([20.0, 25.0, 30.0]), np.array([0.1, -0.05, 0.2, 25.0, 30.0, 20.0])
+    fit = _Fit(Atlas(shares), points, rows, weights, middle, middle)
+    total, n_inside = 0.0, 0
     for n, (point, row, weight) in enumerate(zip(points, rows, weights, strict=True)):
-        if not 0 <= row < 4:
-            continue
-        at = [-1] if n < 6 else [round(float(x)) for x in scale * point.astype(float) + shift]
-        is_inside = all(0 <= x < m for x, m in zip(at, shares.shape[1:], strict=False))
+        mm = np.exp(how[:3]) * (point.astype(float) - middle) + how[3:]
+        at = [-1] * 3 if n < 5 else [round(float(x) / VOXEL_MM) for x in mm]
+        is_inside = all(0 <= x < m for x, m in zip(at, shares.shape[1:], strict=True))
         n_inside += is_inside
-        expected += float(weight * (logs[shares[(row, *at)]] if is_inside else beyond[row]))
+        p = 0.002 if row < 3 else 0.9
+        if is_inside:
+            share = (shares[(slice(None), *at)] / 255.0) ** 2
+            p = 0.002 + (share[row] if row < 3 else max(0, 1 - share.sum()))
+        total += float(weight) * np.log(p)
     assert 50 < n_inside < 450
-    found = log_likelihood(shares, logs, beyond, points, rows, weights, scale, shift)
-    assert found == pytest.approx(expected, abs=1e-3)
+    expected = total / weights.sum() - 0.02 * (how[:3] ** 2).sum() / 0.15**2
+    assert fit.score(how) == pytest.approx(expected, abs=0.01)  # no organ is told in 255 steps
 
 
 # --- where a scan lies ----------------------------------------------------------------------------
@@ -271,6 +273,9 @@ def test_arrays_that_do_not_fit_are_refused(atlas: Atlas) -> None:
     for wrong in ((points[:, :2], rows, ones), (points, rows[:4], ones), (points, rows, ones[:4])):
         with pytest.raises(ValueError, match="do not fit"):
             atlas.place(*wrong)
+    for row in (-1, len(ORGANS) + 1):
+        with pytest.raises(ValueError, match="rows are"):
+            atlas.place(points, np.full(5, row), ones)
 
 
 def test_a_scan_without_organs_is_nowhere(atlas: Atlas) -> None:

@@ -9,10 +9,11 @@ into the model that is shipped.
 The pool: two labelled CT scans (chest, abdomen) and three label maps without a scan (s0011,
 s0327, s0328). Each anatomy is painted many times (`painted_copy`: other sizes, postures, organs,
 tissues, phases, scanners, beds and arms), each scan is altered nearly as often (`altered_copy`),
-most of either have lesions or metal (`diseased`); a network of blocks learns from all of them. A
-scan that is left out is left out altogether: its anatomy is not painted either. Interrupted, the
-same command goes on where it was; the folder of `--work` holds what is made on the way (some 2 GB),
-the cases the same for all of them. `--judge` judges a model that is there once more.
+most of either have lesions or metal (`diseased`); a network of blocks, and an atlas of where organs
+lie, are learned from all of them. A scan that is left out is left out altogether: its anatomy is
+not painted either. Interrupted, the same command goes on where it was; the folder of `--work` holds
+what is made on the way (some 2 GB), the cases the same for all of them. `--judge` judges a model
+that is there once more.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ CARD = {
         "rectus abdominis is not among its classes; psoas means the iliopsoas",
         "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
         "in slabs of a few cm organs may be missed",
+        "organs that lie where nobody's of the pool do (a transplanted kidney, a situs inversus) are "
+        "ruled out, unless --no-atlas is given",
         "an organ that is reported where it is only partly in view, or absent, may be wrong",
     ],
 }
