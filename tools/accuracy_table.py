@@ -172,13 +172,13 @@ def _heads(first: str, rows: Mapping[str, Any]) -> list[str]:
 
 
 def _starter_cell(row: Mapping[str, Any], organ: str) -> str:
-    """Dice · centre error; an organ that is not in view has neither, unless it was reported."""
+    """Dice · NSD · centre error; an organ that is not in view has none, unless it was reported."""
     if organ not in row["dice"]:
         return "-"
     centre = row["centroid_mm"].get(organ)
     if centre is None:
         return "not found, or not there"
-    return f"{_dice(row['dice'][organ])} · {centre:.0f} mm"
+    return f"{_dice(row['dice'][organ])} · {_dice(row['nsd'][organ])} · {centre:.0f} mm"
 
 
 def _step_table(rows: Mapping[str, Any]) -> str:

@@ -26,18 +26,24 @@ from organfast.pipeline import Settings, segment
 from organfast.refinement import Refine
 from organfast.results import Result
 from organfast.scorebook import Evaluation
+from organfast.segmentation import Cleaning
 from organfast.volume import Volume
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "starter.json"
 SIX = ("liver", "spleen", "kidney_right", "kidney_left", "lung_right", "lung_left")
-WITHOUT_ATLAS = Adapt(atlas=False)
-STEPS: dict[str, Adapt | bool] = {
-    "the classifier alone": False,
-    "+ the atlas": Adapt(own_hu=False, radius=0, expected_dice=False),
-    "+ HU of this scan's organs": Adapt(radius=0, expected_dice=False),
-    "+ guided filter": Adapt(expected_dice=False),
-    "+ doubtful organs weighed up": True,
+WITHOUT_ATLAS = Settings(adapt=Adapt(atlas=False))
+UNCLEAN = Cleaning(keep="none", fill_holes=False)
+STEPS = {
+    "the classifier alone": Settings(adapt=False, cleaning=UNCLEAN),
+    "+ largest component, holes filled": Settings(adapt=False),
+    "+ the atlas, and parts": Settings(
+        adapt=Adapt(own_hu=False, radius=0, expected_dice=False),
+    ),
+    "+ HU of this scan's organs": Settings(adapt=Adapt(radius=0, expected_dice=False)),
+    "+ guided filter": Settings(adapt=Adapt(expected_dice=False)),
+    "+ doubtful organs weighed up": Settings(),
     "all but the atlas": WITHOUT_ATLAS,
+    "all but components and holes": Settings(cleaning=UNCLEAN),
 }
 STAGES = {
     "every 6 mm": Settings(),
@@ -61,10 +67,7 @@ def scores(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, An
 
 def each_step(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:
     """Mean Dice as each step after the classifier leaves it."""
-    return {
-        step: _mean_of(model, dataset, patients, Settings(adapt=adapt))
-        for step, adapt in STEPS.items()
-    }
+    return {step: _mean_of(model, dataset, patients, settings) for step, settings in STEPS.items()}
 
 
 def each_stage(model: Model, dataset: Path, patients: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ most of either have lesions or metal (`diseased`); a network of blocks, and an a
 lie, are learned from all of them. A scan that is left out is left out altogether: its anatomy is
 not painted either. Interrupted, the same command goes on where it was; the folder of `--work` holds
 what is made on the way (some 2 GB), the cases the same for all of them. `--judge` judges a model
-that is there once more.
+that is there once more; the shipped one is judged by a cohort of phantoms.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from organfast.nifti import read_scan
 from organfast.paintedcopies import PAINTED_MM, Variety, painted_copy
 from organfast.painting import LabelMap
 from organfast.pathology import diseased
-from organfast.pipeline import Settings
+from organfast.phantom import cohort
 from organfast.sampling import Split
 from organfast.volume import Volume
 
@@ -80,7 +80,7 @@ CARD = {
         "rectus abdominis is not among its classes; psoas means the iliopsoas",
         "small organs (adrenals, thyroid, gallbladder, pancreas) are found roughly at best",
         "in slabs of a few cm organs may be missed",
-        "organs that lie where nobody's of the pool do (a transplanted kidney, a situs inversus) are "
+        "organs that lie where nobody's of the pool do (a transplanted kidney, situs inversus) are "
         "ruled out, unless --no-atlas is given",
         "an organ that is reported where it is only partly in view, or absent, may be wrong",
     ],
@@ -195,8 +195,6 @@ def _arguments() -> argparse.Namespace:
     if given.output is None:
         left_out = Path("build") / f"starter-without-{given.without}.organfast"
         given.output = left_out if given.without else SHIPPED
-    if given.judge and not given.without:
-        parser.error("--judge needs --without: judged is what a model was trained without")
     return given
 
 
@@ -208,6 +206,14 @@ def _is_wanted(case: str, anatomies: list[str], given: argparse.Namespace) -> bo
 
 def judge(model: Model, given: argparse.Namespace) -> None:
     """Keep how well a model does on what it was trained without: the scan, and painted copies."""
+    if given.without is None:
+        kept(
+            {
+                "nothing, phantoms": _phantom_scores(model, given.work / "phantoms")
+                | {"steps": given.steps}
+            }
+        )
+        return
     special = f", {given.told}" if given.told else ""
     painted = [f"{given.without}-painted-{n:03d}" for n in range(N_JUDGED)]
     judged_by = {"painted": (given.work / "cases", painted)}
@@ -222,13 +228,24 @@ def judge(model: Model, given: argparse.Namespace) -> None:
         if not special and kind == "scan":
             row["stages"] = each_stage(model, folder, patients)
             row["strains"] = each_strain(model, folder, given.without)
-            without = Settings(adapt=WITHOUT_ATLAS)
-            row["strains_without_atlas"] = each_strain(model, folder, given.without, without)
+            row["strains_without_atlas"] = each_strain(model, folder, given.without, WITHOUT_ATLAS)
         if not special and kind == "painted":
             row |= reports(model, folder, patients)
     for key, row in rows.items():
         print(key, json.dumps({k: v for k, v in row.items() if k != "certainties"}), flush=True)
     kept(rows)
+
+
+def _phantom_scores(model: Model, folder: Path) -> dict[str, Any]:
+    """By phantoms, whose anatomy is made up: like nobody's of the pool."""
+    patients = []
+    for case in cohort(N_JUDGED, 0, threads=2):
+        if not (folder / case.name).exists():
+            write_case(folder, case.name, case.scan, case.labels, ClassTable.default())
+        patients.append(case.name)
+    return scores(model, folder, patients) | {
+        "presence": reports(model, folder, patients)["presence"]
+    }
 
 
 def starter_classes() -> ClassTable:
