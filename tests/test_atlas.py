@@ -240,10 +240,9 @@ def test_an_organ_that_few_of_the_scans_show_is_at_home_where_they_do() -> None:
     usual[usual == SPLEEN] = CONTEXT
     astray = usual.copy()
     astray[8:20, 20:35, 30:50] = SPLEEN
-    with Workers(2) as workers:
-        lattices = [lattice(astray), *[lattice(usual)] * 199]
-        found = learned_atlas(lattices, len(ORGANS), workers)
-    assert found is not None
+    as_it_lies = Place((1 / VOXEL_MM,) * 3, (0.0,) * 3)
+    placed = [(one, as_it_lies) for one in (lattice(astray), *[lattice(usual)] * 199)]
+    found = atlaslearning._Sums.of(placed, len(ORGANS)).atlas()
     blocks, volume = scan_of(astray)
     coarse = answers(astray, blocks)
     place = found.of_scan(coarse, blocks, volume, ORGANS)

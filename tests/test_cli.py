@@ -462,7 +462,7 @@ def test_run_json_tells_how_but_not_where(segmented: Segmented, model_file: Path
         "adapt": None,
         "stride": [3, 3, 2],
         "organs": ["liver", "lung_left"],
-        "cleaning": {"keep": "largest", "dust_ml": 0.5, "fill_holes": True},
+        "cleaning": {"keep": None, "dust_ml": 0.5, "fill_holes": True, "least_part": 0.5},
         "body_mask": True,
         "keep_context": False,
         "probabilities": ["liver", "lung_left"],
@@ -506,7 +506,9 @@ def test_settings_are_used_and_recorded(
     assert files_of(tmp_path / "out") == RESULT
     settings = json_of(tmp_path / "out" / "run.json")["settings"]
     assert settings["stride"] == [4, 5, 3]
-    assert settings["cleaning"] == {"keep": "dust", "dust_ml": 0.5, "fill_holes": False}
+    assert settings["cleaning"] == {
+        "keep": "dust", "dust_ml": 0.5, "fill_holes": False, "least_part": 0.5
+    }  # fmt: skip
     assert settings["body_mask"] is False
     assert settings["keep_context"] is True
     labels = np.asanyarray(nib.load(tmp_path / "out" / "segmentation.nii.gz").dataobj)
