@@ -135,7 +135,8 @@ class Atlas:
         Parameters
         ----------
         points : (n, 3) float32, mm
-            Positions inside the body, along (k, i, j) from the scan's first voxel.
+            Positions inside the body, along (k, i, j) from the scan's first voxel; some thousands
+            do, see :func:`thinned`.
         rows : (n,) int64
             The organ at each of them; ``n_organs`` is none.
         weights : (n,) float32
@@ -159,11 +160,10 @@ class Atlas:
             )
         if n and not (rows.min() >= 0 and rows.max() <= len(self.shares)):
             raise ValueError(f"rows are {rows.min()} to {rows.max()}; give 0 to {len(self.shares)}")
-        chosen = thinned(n)
-        fine = _Fit.of(self, points[chosen], rows[chosen], weights[chosen])
+        fine = _Fit.of(self, points, rows, weights)
         if fine is None:
             return None
-        some = slice(None, None, max(1, len(chosen) // _N_ROUGHLY))
+        some = slice(None, None, max(1, n // _N_ROUGHLY))
         rough = _Fit(
             self, fine.points[some], fine.rows[some], fine.weights[some], fine.middle, fine.usual
         )
@@ -202,8 +202,7 @@ class Atlas:
         Place or None
             As :meth:`place` has it.
         """
-        row_of_class = np.full(coarse.shape[-1], len(self.shares), np.int64)
-        row_of_class[list(organs)] = np.arange(len(self.shares))
+        row_of_class = self._row_of_class(coarse.shape[-1], organs)
         best = coarse.argmax(axis=-1)
         inside = np.flatnonzero(best != outside)
         at = np.unravel_index(inside[thinned(len(inside))], best.shape)
@@ -256,20 +255,26 @@ class Atlas:
         ]
         homes = [_Home.of(organ, voxels) for organ in self.shares]
         labels, n_organs = list(organs), len(homes)
-        row_of_class = np.full(coarse.shape[-1], -1)
-        row_of_class[labels] = np.arange(n_organs)
+        row_of_class = self._row_of_class(coarse.shape[-1], organs)
         before, after = np.zeros((2, n_organs))
         for n, slab in enumerate(coarse):  # one slice at a time stays in the cache
             p = slab[..., labels]
             kept = p * np.stack([home.slice(n) for home in homes], axis=-1)
             row = row_of_class[slab.argmax(axis=-1)]
-            won = (*np.nonzero(row >= 0), row[row >= 0])
+            is_organ = row < n_organs
+            won = (*np.nonzero(is_organ), row[is_organ])
             before += np.bincount(won[-1], p[won], n_organs)
             after += np.bincount(won[-1], kept[won], n_organs)
             slab[..., labels] = kept
             slab[..., rest] += (p - kept).sum(axis=-1)
         lost = 1 - np.divide(after, before, out=np.ones(n_organs), where=before > 0)
         return dict(zip(labels, lost.tolist(), strict=True))
+
+    def _row_of_class(self, n_classes: int, organs: Sequence[int]) -> NDArray[np.int64]:
+        """(n_classes,): the organ of the atlas that each class is; ``n_organs`` is none."""
+        rows = np.full(n_classes, len(self.shares), np.int64)
+        rows[list(organs)] = np.arange(len(self.shares))
+        return rows
 
     @cached_property
     def _with_none(self) -> NDArray[np.uint8]:
@@ -438,9 +443,9 @@ class _Fit:
             return None
         return _Fit(
             atlas,
-            np.ascontiguousarray(points, np.float32),
-            np.ascontiguousarray(rows, np.int64),
-            np.ascontiguousarray(weights, np.float32),
+            points,
+            rows,
+            weights,
             np.average(points[shown], axis=0, weights=weights[shown]),
             np.average(atlas._middles[rows[shown]], axis=0, weights=weights[shown]),
         )

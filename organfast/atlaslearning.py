@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ def learned_atlas(lattices: Sequence[Lattice], n_organs: int, workers: Workers) 
     first = lattices[shown.index(max(shown))]
     atlas = _Sums.of([(first, Place((1 / VOXEL_MM,) * 3, (0.0,) * 3))], n_organs).atlas()
     for _ in range(_N_ROUNDS):
-        places = workers.in_order(_Placing(atlas), lattices)
+        places = workers.in_order(partial(Lattice.place_in, atlas=atlas), lattices)
         placed = [(x, p) for x, p in zip(lattices, places, strict=True) if p is not None]
         atlas = _Sums.of(placed, n_organs).atlas()
     return atlas
@@ -127,14 +128,6 @@ def _shown(lattice: Lattice, n_organs: int) -> tuple[int, int]:
     """Organs, and points of the body."""
     rows = np.unique(lattice.labels)
     return int(((rows > 0) & (rows <= n_organs)).sum()), int(np.count_nonzero(lattice.labels))
-
-
-@dataclass(frozen=True, eq=False)
-class _Placing:
-    atlas: Atlas
-
-    def __call__(self, lattice: Lattice) -> Place | None:
-        return lattice.place_in(self.atlas)
 
 
 @dataclass(frozen=True, eq=False)

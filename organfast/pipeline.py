@@ -563,7 +563,7 @@ class _Flow:
     @property
     def is_in_atlas(self) -> bool:
         """Whether organs were ruled out by an atlas."""
-        return bool((self.notes.get("adapted") or {}).get("in_atlas"))
+        return bool(self.notes.get("adapted", {}).get("in_atlas"))
 
     def asked_slabs(
         self, workers: Workers, visits: Visits, progress: Progress = silent

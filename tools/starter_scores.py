@@ -36,9 +36,7 @@ UNCLEAN = Cleaning(keep="none", fill_holes=False)
 STEPS = {
     "the classifier alone": Settings(adapt=False, cleaning=UNCLEAN),
     "+ largest component, holes filled": Settings(adapt=False),
-    "+ the atlas, and parts": Settings(
-        adapt=Adapt(own_hu=False, radius=0, expected_dice=False),
-    ),
+    "+ the atlas, and parts": Settings(adapt=Adapt(own_hu=False, radius=0, expected_dice=False)),
     "+ HU of this scan's organs": Settings(adapt=Adapt(radius=0, expected_dice=False)),
     "+ guided filter": Settings(adapt=Adapt(expected_dice=False)),
     "+ doubtful organs weighed up": Settings(),
